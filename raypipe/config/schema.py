@@ -1,0 +1,174 @@
+"""What may be said in YAML. One model a section; every field has its unit in its name or its comment.
+
+Parts (models, optimizers, transforms, ...) are written as a name or as `{name: ..., setting: ...}`; their
+settings are checked against the part's own signature in `run.py`, since this room knows no other.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count: TypeAlias = Annotated[int, Field(ge=1)]
+NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+
+
+def _as_part(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _named(part: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(part.get("name"), str):
+        raise ValueError("a part needs a name: write it as a word or as {name: ..., setting: ...}")
+    return part
+
+
+Part: TypeAlias = Annotated[dict[str, Any], BeforeValidator(_as_part), Field(validate_default=True)]
+PACES: TypeAlias = Literal["paced", "wait_for_all", "k_of_n", "fedbuff", "delta_async"]
+
+
+class Section(BaseModel):
+    """A section refuses keys that it does not know and cannot be changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Store(Section):
+    """One store: its id is the custom resource `store:<id>` of its node."""
+
+    id: str
+    cpus: Positive = 1.0  # CPU share of the training actor; one torch thread a whole CPU
+    gpus: Annotated[float, Field(ge=0)] = 0.0  # GPU share; its memory is capped to the same share
+    slowdown: Annotated[float, Field(ge=1)] = 1.0  # sleeps so long after each batch that it is this much slower
+
+    @field_validator("id")
+    @classmethod
+    def _is_name(cls, value: str) -> str:
+        if not NAME.match(value):
+            raise ValueError("a store id holds letters, digits, '.', '_' and '-', at most 63, no spaces")
+        return value
+
+
+class Train(Section):
+    """Local training at each store."""
+
+    optimizer: Part = {"name": "sgd"}
+    lr: Positive = 0.05
+    schedule: Part = {"name": "constant"}  # of the learning rate, by the run's progress
+    batch_size: Count = 32
+    local_epochs: Positive | None = None  # a ticket ends at the first limit reached; None: no limit by this
+    local_steps: Count | None = None
+    keep_optimizer: bool = False  # the optimizer's state stays at the store from ticket to ticket
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # unreadable images above this: the store refuses
+
+
+class Pacing(Section):
+    """Overrides of what the pace sets; see coordinator/policy.py for the settings each pace stands for."""
+
+    cohort: Count | None = None
+    buffer_size: Count | None = None  # K
+    concurrency: Count | None = None  # tickets in training at once
+    budget_s: Positive | None = None  # the time budget of each ticket
+    deadline_s: Positive | None = None  # ends a ticket's hold on its slot, not its worth
+    hung_s: Positive = 60.0  # so long after its deadline a store is killed and restarted
+    heartbeat_s: Positive = 5.0  # two missed in a row: the same
+    quorum: Count | None = None  # stores that must be there to start; None: all but one in five
+    join_s: Positive = 120.0  # how long to wait for the quorum
+    staleness: Part = {"name": "polynomial"}
+    stale_limit: Positive = 10.0  # in multiples of concurrency / K
+    stale_action: Literal["floor", "drop"] = "floor"
+    floor_weight: Annotated[float, Field(ge=0, le=1)] = 0.05
+    weigh: Literal["examples", "steps", "equal"] | None = None
+    normalise: Literal["sum", "k"] = "sum"
+    max_failures: Count = 3  # in a row, then the store is set aside
+    backoff_s: Positive = 1.0  # doubles with each failure
+
+
+class Stop(Section):
+    """When the run ends: the first that holds."""
+
+    max_versions: Count | None = None
+    max_seconds: Positive | None = None
+    target: Annotated[float, Field(gt=0, le=1)] | None = None  # of the validation metric
+    patience: Count | None = None  # versions without a better one
+
+    @model_validator(mode="after")
+    def _some_end(self) -> Stop:
+        if self.max_versions is None and self.max_seconds is None:
+            raise ValueError("set max_versions or max_seconds, else the run has no end")
+        return self
+
+
+class Evaluate(Section):
+    """How versions are judged."""
+
+    every: Count = 1  # versions
+    metric: str = "accuracy"
+    central: str | None = None  # id of a store on the head that only evaluates, if there is one
+    alone: bool = True  # at the end, train a model alone at each store with the same number of steps
+    test: bool = True  # at the end, read the test split once
+
+
+class Tracking(Section):
+    """What is kept, and where."""
+
+    experiment: str | None = None  # MLflow experiment; None: the run's name
+    register_as: str | None = None  # registered model name for promotion; None: the run's name
+    log_model_every: Count = 10  # every Nth version becomes a LoggedModel, as do the best and the final one
+    keep_last: Count = 5  # weights kept of the newest versions, beside the first, the best and every Nth
+    keep_every: Count = 10
+    mlflow: bool = True
+
+
+class Local(Section):
+    """Only where raypipe itself starts Ray on one machine: the private data sets to make there."""
+
+    sample: Literal["fashion-mnist"] = "fashion-mnist"
+    split: Part = {"name": "dirichlet", "alpha": 0.3}
+    size_ratio: Annotated[float, Field(ge=1)] = 10.0  # the largest store's images over the smallest's
+    camera_shift: Annotated[float, Field(ge=0, le=1)] = 0.5
+    max_images: Count | None = None
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str
+    seed: int = 0
+    data: str = "products"  # the data set's name; where it lies says each store's own policy file
+    task: Part = {"name": "classification"}
+    model: Part = {"name": "small_cnn"}
+    warm_start: str | None = None  # a .safetensors file or models:/NAME@alias
+    stores: Annotated[list[Store], Field(min_length=1)]
+    train: Train = Train()
+    pace: PACES = "paced"
+    pacing: Pacing = Pacing()
+    update: Annotated[list[Part], Field(max_length=8)] = []  # codecs, applied in order at the store
+    server: Part = {"name": "sgd"}  # the transform of each aggregated update
+    stop: Stop
+    evaluate: Evaluate = Evaluate()
+    track: Tracking = Tracking()
+    local: Local | None = None
+
+    @field_validator("name", "data")
+    @classmethod
+    def _is_name(cls, value: str) -> str:
+        if not NAME.match(value):
+            raise ValueError("a name holds letters, digits, '.', '_' and '-', at most 63, no spaces")
+        return value
+
+    @field_validator("task", "model", "server")
+    @classmethod
+    def _part_is_named(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _named(value)
+
+    @model_validator(mode="after")
+    def _stores_are_distinct(self) -> RunConfig:
+        ids = [store.id for store in self.stores]
+        twice = sorted({i for i in ids if ids.count(i) > 1})
+        if twice:
+            raise ValueError(f"store ids must be distinct; found twice: {', '.join(twice)}")
+        return self

@@ -1,0 +1,66 @@
+"""The settings of the machine. Sync is a setting of async: a pace is a set of these values and nothing else.
+
+| pace         | cohort | buffer_size | refill     | a ticket ends        | a version is made                      |
+|--------------|--------|-------------|------------|----------------------|----------------------------------------|
+| paced        | all    | by clock    | on publish | after budget_s       | when all came, or at the tick          |
+| wait_for_all | all    | the cohort  | on publish | when its work is done| when all came                          |
+| k_of_n       | n      | K           | on publish | when its work is done| when K came; later ones join the next  |
+| fedbuff      | -      | M/2, >= 3   | on arrival | when its work is done| when K stores came                     |
+| delta_async  | -      | 1           | on arrival | when its work is done| at each arrival                        |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the machine goes by; see the table above and Pacing, Stop in config/schema.py for units."""
+
+    refill: Literal["on_publish", "on_arrival"]
+    cohort: int | None = None  # stores picked for a version; None: all who are there
+    buffer_size: int | None = None  # K; None: by the clock (tick) or the whole cohort
+    tick: bool = False  # a version at the tick with who is there
+    concurrency: int | None = None  # None: no limit
+    budget_s: float | None = None
+    deadline_s: float | None = None
+    hung_s: float = 60.0
+    quorum: int = 1
+    join_s: float = 120.0
+    weigh: Literal["examples", "steps", "equal"] = "examples"
+    normalise: Literal["sum", "k"] = "sum"
+    in_order: bool = False  # fold in store order: bits repeat
+    stale_limit: float = 10.0
+    stale_action: Literal["floor", "drop"] = "floor"
+    floor_weight: float = 0.05
+    max_failures: int = 3
+    backoff_s: float = 1.0
+    max_versions: int | None = None
+    max_seconds: float | None = None
+    target: float | None = None
+    patience: int | None = None
+    evaluate_every: int = 1
+    lower_is_better: bool = False
+    weigh_staleness: Callable[[int], float] = lambda staleness: 1.0
+
+
+def pace(name: str, num_stores: int, overrides: dict[str, Any]) -> Policy:
+    """The policy that a pace's name stands for, with what the configuration says on top (None: not said)."""
+    given = {key: value for key, value in overrides.items() if value is not None}
+    concurrency = given.get("concurrency") or num_stores
+    presets: dict[str, Policy] = {
+        "paced": Policy(refill="on_publish", tick=True, weigh="steps", budget_s=10.0),
+        "wait_for_all": Policy(refill="on_publish", in_order=True),
+        "k_of_n": Policy(refill="on_publish", buffer_size=max(1, -(-2 * num_stores // 3))),
+        "fedbuff": Policy(refill="on_arrival", buffer_size=min(num_stores, max(3, concurrency // 2))),
+        "delta_async": Policy(refill="on_arrival", buffer_size=1),
+    }
+    quorum = max(1, num_stores - num_stores // 5)
+    return (
+        replace(presets[name], quorum=min(quorum, num_stores), **given)
+        if "quorum" not in given
+        else replace(presets[name], **given)
+    )

@@ -1,0 +1,70 @@
+"""Errors, first split by whose fault it is.
+
+    RaypipeError
+    ├── ConfigError         yours: a configuration, a policy file, a command line (exit code 2, nothing started)
+    ├── RunError            the run cannot begin or go on: no quorum, disk full, no cluster (exit code 1)
+    └── StoreError          theirs; training goes on with the others
+        ├── StoreRefused    the store's policy or its data said no
+        ├── StoreUnreachable
+        └── UpdateRejected  not finite, of the wrong shape, of an unknown ticket
+
+A message is one line: what is wrong, where, and what would be right. It never holds anything read from
+private data. Every error survives pickling, since Ray carries it between processes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RaypipeError(Exception):
+    """Base of all errors that raypipe raises on purpose."""
+
+    exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def __reduce__(self) -> tuple[type[RaypipeError], tuple[str]]:
+        return type(self), (self.message,)
+
+
+class ConfigError(RaypipeError):
+    """What is written down cannot be done; `problems` holds every one found, a line each."""
+
+    exit_code = 2
+
+    def __init__(self, message: str | Iterable[str]) -> None:
+        self.problems = [message] if isinstance(message, str) else list(message)
+        super().__init__("\n".join(self.problems))
+
+
+class RunError(RaypipeError):
+    """The run cannot begin or go on."""
+
+
+class StoreError(RaypipeError):
+    """One store's trouble; the run goes on without it."""
+
+
+class StoreRefused(StoreError):
+    """The store's own policy or data forbids what was asked."""
+
+
+class StoreUnreachable(StoreError):
+    """No answer: the node, the process or the link is gone."""
+
+
+class UpdateRejected(StoreError):
+    """An update that must not be folded."""
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """` Did you mean 'clip'?`, or the allowed values when nothing is close."""
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(given, allowed, n=1, cutoff=0.6)
+    if near:
+        return f" Did you mean {near[0]!r}?"
+    return f" Allowed: {', '.join(allowed)}." if allowed else ""

@@ -1,0 +1,183 @@
+"""The store protocol: what a coordinator and a store say to each other.
+
+Plain, versioned messages. Each is a frozen dataclass that travels as msgpack: names and numbers, never code and
+never pickle. Vectors travel beside a message as raw little-endian float32. One conversation about a ticket:
+
+    describe()                              -> Card
+    train(ticket, plan, weights)            -> Report      the update stays at the store
+    collect(ticket, how)                    -> vector      the update, encoded
+    settle(ticket, verdict)                 -> None        folded into a version, or refused because ...
+    evaluate(plan, weights, split)          -> Evaluation
+    control(ticket, command)                -> None        seen within a batch
+
+Training and handing over are two steps, so that transfers are timed apart from training and an update outlives
+the coordinator that asked for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias, TypeVar, cast
+
+import msgpack
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from raypipe.errors import StoreError
+
+PROTOCOL = 1
+
+Part: TypeAlias = dict[str, Any]  # a part's name and its settings, as in the configuration
+Command: TypeAlias = Literal["stop", "pause", "resume"]
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """Who a store is: what it has, by its own policy. Counts only; never a path or a label."""
+
+    store: str
+    protocol: int
+    data: dict[str, dict[str, int]]  # data set name -> split -> number of images
+    tasks: tuple[str, ...]
+    models: tuple[str, ...]
+    cpus: float
+    gpu: str | None
+    node: str
+    process: int  # the process id on the node, so that a frozen one can be ended
+    data_hashes: dict[str, str]  # data set name -> content hash
+    limits: dict[str, float]  # max_examples, max_seconds, max_upload_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be learned and how: the same for each ticket of a run."""
+
+    run: str
+    task: Part
+    model: Part
+    data: str
+    optimizer: Part
+    lr: float
+    schedule: Part
+    batch_size: int
+    layout: str  # fingerprint of the vector's layout
+    keep_optimizer: bool = False
+    max_bad_share: float = 0.01  # undecodable images above this share: the store refuses
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One request to train; ends exactly once. At least one of the limits is set; the first reached ends it."""
+
+    id: str
+    store: str
+    epoch: int  # the coordinator's epoch, for fencing
+    version: int  # the base version
+    seed: int
+    progress: tuple[float, float]  # global progress in [0, 1] at its start and end, for the learning rate
+    budget_s: float | None = None
+    max_steps: int | None = None
+    max_epochs: float | None = None
+    evaluate: str | None = None  # a split on which the base version is evaluated before training
+    judge: str | None = None  # a split on which the result is evaluated; then no update is kept
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Sums over a split, so that many stores' add up exactly: metrics = sums / num_examples."""
+
+    store: str
+    split: str
+    num_examples: int
+    sums: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came of a ticket. The update waits at the store until it is collected and settled."""
+
+    ticket: str
+    store: str
+    version: int
+    steps: int
+    examples: int  # images trained on, repeats counted
+    num_train: int  # images in the training split
+    skipped: int  # images that could not be decoded
+    seconds: float
+    loss: float
+    update_bytes: int
+    stopped: Literal["done", "budget", "control"]
+    evaluation: Evaluation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The end of a ticket, told to the store."""
+
+    ticket: str
+    version: int | None  # folded into this version, or None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A store's no, or its accident; one line that holds nothing of its data."""
+
+    store: str
+    kind: Literal["refused", "failed"]
+    reason: str
+    ticket: str = ""
+
+
+Message: TypeAlias = Card | Plan | Ticket | Evaluation | Report | Verdict | Refusal
+M = TypeVar("M", Card, Plan, Ticket, Evaluation, Report, Verdict, Refusal)
+_KINDS = {kind.__name__: kind for kind in (Card, Plan, Ticket, Evaluation, Report, Verdict, Refusal)}
+
+
+@dataclass(frozen=True)
+class _Envelope:
+    protocol: int
+    kind: str
+    body: dict[str, Any] = field(default_factory=dict)
+
+
+def encode(message: Message) -> bytes:
+    """A message as msgpack."""
+    body = {"protocol": PROTOCOL, "kind": type(message).__name__, "body": asdict(message)}
+    return cast(bytes, msgpack.packb(body, use_bin_type=True))
+
+
+def decode(raw: bytes) -> Message:
+    """A message, every field checked. Raises StoreError for bytes of another kind or protocol."""
+    try:
+        envelope = _Envelope(**msgpack.unpackb(raw, raw=False, strict_map_key=True))
+        kind = _KINDS[envelope.kind]
+        if envelope.protocol != PROTOCOL:
+            raise StoreError(f"protocol {envelope.protocol} was spoken; this side speaks {PROTOCOL}")
+        return cast(Message, _adapter(kind).validate_python(envelope.body))
+    except (ValueError, TypeError, KeyError, msgpack.UnpackException, ValidationError) as error:
+        raise StoreError(f"not a message of the store protocol ({type(error).__name__})") from None
+
+
+def expect(kind: type[M], raw: bytes) -> M:
+    """A message of this kind. A Refusal in its place is raised as the StoreError that it stands for."""
+    message = decode(raw)
+    if isinstance(message, kind):
+        return message
+    if isinstance(message, Refusal):
+        raise refusal_error(message)
+    raise StoreError(f"a {kind.__name__} was expected, a {type(message).__name__} came")
+
+
+def refusal_error(refusal: Refusal) -> StoreError:
+    """A Refusal as an exception of this side."""
+    from raypipe.errors import StoreRefused
+
+    error = StoreRefused if refusal.kind == "refused" else StoreError
+    return error(f"store {refusal.store}: {refusal.reason}")
+
+
+@lru_cache(maxsize=len(_KINDS))
+def _adapter(kind: type[Message]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind, config=ConfigDict(extra="forbid"))
