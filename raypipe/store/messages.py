@@ -16,14 +16,14 @@ the coordinator that asked for it.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import msgpack
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from raypipe.errors import StoreError
+from raypipe.errors import StoreError, StoreRefused
 
 PROTOCOL = 1
 
@@ -155,6 +155,8 @@ def decode(raw: bytes) -> Message:
         kind = _KINDS[envelope.kind]
         if envelope.protocol != PROTOCOL:
             raise StoreError(f"protocol {envelope.protocol} was spoken; this side speaks {PROTOCOL}")
+        if unknown := set(envelope.body) - {f.name for f in fields(kind)}:
+            raise TypeError(f"unknown fields {sorted(unknown)}")
         return cast(Message, _adapter(kind).validate_python(envelope.body))
     except (ValueError, TypeError, KeyError, msgpack.UnpackException, ValidationError) as error:
         raise StoreError(f"not a message of the store protocol ({type(error).__name__})") from None
@@ -172,12 +174,10 @@ def expect(kind: type[M], raw: bytes) -> M:
 
 def refusal_error(refusal: Refusal) -> StoreError:
     """A Refusal as an exception of this side."""
-    from raypipe.errors import StoreRefused
-
     error = StoreRefused if refusal.kind == "refused" else StoreError
     return error(f"store {refusal.store}: {refusal.reason}")
 
 
 @lru_cache(maxsize=len(_KINDS))
 def _adapter(kind: type[Message]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind, config=ConfigDict(extra="forbid"))
+    return TypeAdapter(kind)
