@@ -44,7 +44,13 @@ class Policy:
     patience: int | None = None
     evaluate_every: int = 1
     lower_is_better: bool = False
+    central: str | None = None
     weigh_staleness: Callable[[int], float] = lambda staleness: 1.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for settings that contradict each other."""
+        if self.refill == "on_arrival" and (self.buffer_size is None or self.in_order or self.tick):
+            raise ValueError("refill on arrival needs a buffer_size, and neither a tick nor store order")
 
 
 def pace(name: str, num_stores: int, overrides: dict[str, Any]) -> Policy:
@@ -58,9 +64,7 @@ def pace(name: str, num_stores: int, overrides: dict[str, Any]) -> Policy:
         "fedbuff": Policy(refill="on_arrival", buffer_size=min(num_stores, max(3, concurrency // 2))),
         "delta_async": Policy(refill="on_arrival", buffer_size=1),
     }
-    quorum = max(1, num_stores - num_stores // 5)
-    return (
-        replace(presets[name], quorum=min(quorum, num_stores), **given)
-        if "quorum" not in given
-        else replace(presets[name], **given)
-    )
+    preset = presets[name]
+    # Where bits must repeat, the same stores must be there from the first version on.
+    wanted = num_stores if preset.in_order else max(1, num_stores - num_stores // 5)
+    return replace(preset, **{"quorum": wanted, **given})

@@ -1,0 +1,125 @@
+"""What the shell is to do. Imperative, frozen; performed in the order in which the machine names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Ask a store to train; answered by Trained or TrainingFailed."""
+
+    ticket: str
+    store: str
+    version: int
+    progress: tuple[float, float]
+    budget_s: float | None
+    max_steps: int | None
+    evaluate: bool  # judge the base version on the store's validation split first
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Tell a store to stop at the next batch; nothing is awaited."""
+
+    store: str
+    ticket: str
+
+
+@dataclass(frozen=True, slots=True)
+class Collect:
+    """Fetch an update; answered by UpdateArrived or TrainingFailed."""
+
+    ticket: str
+    store: str
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """One update on its way into the sum. `steps` is set when it is normalised by its steps."""
+
+    ticket: str
+    store: str
+    weight: float
+    steps: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Add these to the open sum, in this order; answered by Folded."""
+
+    portions: tuple[Portion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One update's part in a version, as the record keeps it."""
+
+    ticket: str
+    store: str
+    base: int
+    staleness: int
+    steps: int
+    examples: int
+    weight: float
+    share: float
+    seconds: float
+    loss: float
+    bytes_up: int
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Make a version of the sum, write it down, announce it; answered by Published."""
+
+    version: int
+    contributions: tuple[Contribution, ...]
+    buffer_size: int  # K, for the normalisation by K
+    statistic_mix: float  # how far statistics move to the contributors' mean
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Tell a store how its ticket ended."""
+
+    store: str
+    ticket: str
+    version: int | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Kill a store's process and start it again; StoreJoined follows when it is back."""
+
+    store: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Judge a version at a store; answered by Evaluated or EvaluationFailed."""
+
+    version: int
+    store: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A fact for the journal that needs no answer."""
+
+    kind: str
+    body: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The run is over."""
+
+    reason: str
+    best_version: int
+    failed: bool = False
+
+
+Action: TypeAlias = Train | Cancel | Collect | Fold | Publish | Settle | Restart | Evaluate | Record | Finish

@@ -1,0 +1,132 @@
+"""What happened, told to the machine. Past tense, frozen; `at` is the shell's monotonic clock in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class StoreJoined:
+    """A store answered for the first time, or came back."""
+
+    store: str
+    num_train: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLeft:
+    """A store's node, process or link is gone, or its operator took it out."""
+
+    store: str
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoreHung:
+    """A store in training answers nothing, not even its heartbeat."""
+
+    store: str
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A ticket's training ended; its update waits at the store."""
+
+    ticket: str
+    steps: int
+    examples: int
+    num_train: int
+    seconds: float
+    loss: float
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFailed:
+    """A ticket ended without an update: refused, crashed, or lost on the way."""
+
+    ticket: str
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateArrived:
+    """An update can be folded; the machine knows its size and no more."""
+
+    ticket: str
+    num_bytes: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A group was folded but for `rejected`: (ticket, reason) pairs that left no trace in the sum."""
+
+    tickets: tuple[str, ...]
+    rejected: tuple[tuple[str, str], ...]
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A version is durable."""
+
+    version: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A store's (or the central evaluator's) judgement of a version: the metric and over how many images."""
+
+    version: int
+    store: str
+    metrics: dict[str, float]
+    num_examples: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationFailed:
+    """A store did not judge a version."""
+
+    version: int
+    store: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """Somebody wants the run to end now."""
+
+    reason: str
+    at: float
+
+
+Event: TypeAlias = (
+    StoreJoined
+    | StoreLeft
+    | StoreHung
+    | Trained
+    | TrainingFailed
+    | UpdateArrived
+    | Folded
+    | Published
+    | Evaluated
+    | EvaluationFailed
+    | Tick
+    | StopAsked
+)

@@ -1,0 +1,484 @@
+"""The coordinator's decisions: who trains, what is folded with which weight, when a version is made.
+
+`handle(event) -> actions` is the only way in and the only method that changes state. No clock, network, Ray or
+tensor is in here: time comes with events, chance as an argument. Rules:
+
+* A store holds at most one ticket in training. A ticket past its due time holds no slot and nobody waits for it,
+  but its work is folded when it comes, with its staleness weight.
+* *Expected* are the stores that can still bring something to the open version in time: those with a ticket not
+  past due, and those that will be given one. A version is due when the stores in its sum are as many as K, or as
+  many as can still come (`buffer_size` None: as can still come).
+* Staleness is measured at the fold: newest version minus base version. Its limit is relative,
+  `stale_limit * concurrency / K`, since a store s times slower sees s times the mean staleness.
+* A version being written down blocks new tickets (they would be a version behind), never folds.
+* The end: cancel what is in flight, judge the newest version where it can be judged, finish.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+from raypipe.coordinator import actions as do
+from raypipe.coordinator import events as ev
+from raypipe.coordinator.policy import Policy
+from raypipe.coordinator.state import Member, Phase, Scores, Ticket
+
+CLOSING_S = 30.0  # for the last judgement, before the run finishes without it
+FIRST_S = 3600.0  # for a first ticket without a deadline: nothing is known of the store's speed
+MAX_IN_ONE_SUM = 2  # a fast store's share of one buffer when slots are refilled on arrival
+
+
+class Coordinator:
+    """The machine of one run. Version 0 exists when it is made."""
+
+    def __init__(
+        self, policy: Policy, stores: list[str], *, metric: str, chance: random.Random, start_at: float
+    ) -> None:
+        self.policy = policy
+        self.members = {store: Member(store) for store in sorted(stores)}
+        self.tickets: dict[str, Ticket] = {}
+        self.version = 0
+        self.publishing: do.Publish | None = None
+        self.picked: int | None = None  # the version for which a cohort was picked
+        self.cohort: list[str] = []  # picked and not yet given a ticket
+        self.scores = Scores(metric, policy.lower_is_better, policy.central)
+        self.created_at = start_at
+        self.started_at: float | None = None
+        self.ending: tuple[str, float] | None = None  # why, since when
+        self.awaited: set[str] | None = None  # stores whose last judgement is awaited, once it was asked for
+        self.finished = False
+        self._chance = chance
+        self._issued = 0
+        self._now = start_at
+
+    # -- the only way in ------------------------------------------------------------------------------------
+
+    def handle(self, event: ev.Event) -> list[do.Action]:
+        """Take an event, change state, say what is to be done."""
+        if self.finished:
+            return []
+        self._now = at = max(self._now, event.at)
+        actions: list[do.Action] = []
+        match event:
+            case ev.StoreJoined():
+                actions += self._joined(event, at)
+            case ev.StoreLeft(store=store, reason=reason):
+                actions += self._left(store, reason)
+            case ev.StoreHung(store=store, reason=reason):
+                actions += self._restart(store, reason, at)
+            case ev.Trained():
+                actions += self._trained(event)
+            case ev.TrainingFailed(ticket=ticket, reason=reason):
+                actions += self._failed(ticket, reason, at)
+            case ev.UpdateArrived():
+                self._arrived(event)
+            case ev.Folded():
+                actions += self._folded(event)
+            case ev.Published():
+                actions += self._published(event)
+            case ev.Evaluated():
+                self.scores.add(event.version, event.store, event.metrics, event.num_examples)
+                self._heard(event.version, event.store)
+                actions += self._close_scores()
+            case ev.EvaluationFailed():
+                self._heard(event.version, event.store)
+            case ev.StopAsked(reason=reason):
+                actions += self._end(reason, at)
+            case ev.Tick():
+                pass
+        actions += self._expire(at)
+        if self.ending is None and (reason := self._reason_to_end(at)):
+            actions += self._end(reason, at)
+        actions += self._fold()
+        actions += self._publish()
+        actions += self._train(at)
+        return actions + self._finish(at)
+
+    def wake_at(self) -> float:
+        """When the next Tick is needed, in seconds of the shell's clock; inf when only an event can help."""
+        pending = [t for t in self.tickets.values() if t.phase <= Phase.COLLECTING]
+        times = [t.due_at for t in pending] + [t.hung_at for t in pending]
+        times += [m.retry_at for m in self.members.values() if m.present and not m.aside and m.retry_at > self._now]
+        if self.started_at is None:
+            times.append(self.created_at + self.policy.join_s)
+        elif self.policy.max_seconds is not None and self.ending is None:
+            limit = self.started_at + self.policy.max_seconds
+            times += [limit, limit + 0.5 * (self.policy.budget_s or 0.0)]
+        if self.ending is not None:
+            times.append(self.ending[1] + CLOSING_S)
+        return min((t for t in times if t > self._now), default=math.inf)
+
+    # -- stores ---------------------------------------------------------------------------------------------
+
+    def _joined(self, event: ev.StoreJoined, at: float) -> list[do.Action]:
+        member = self.members.setdefault(event.store, Member(event.store))
+        if not member.restarting:  # it came back from outside: a new chance
+            member.aside, member.failures, member.retry_at = "", 0, at
+        member.present, member.restarting, member.num_train = True, False, event.num_train
+        return []
+
+    def _left(self, store: str, reason: str) -> list[do.Action]:
+        member = self.members.get(store)
+        if member is None or not member.present:
+            return []
+        member.present = False
+        self.cohort = [s for s in self.cohort if s != store]
+        self._heard(self.version, store)
+        actions: list[do.Action] = [do.Record("store_left", {"store": store, "reason": reason})]
+        for ticket in [t for t in self.tickets.values() if t.store == store and t.phase <= Phase.COLLECTING]:
+            del self.tickets[ticket.id]
+            actions.append(do.Settle(store, ticket.id, None, reason))
+        return actions
+
+    def _restart(self, store: str, reason: str, at: float) -> list[do.Action]:
+        if not self.members[store].present:
+            return []
+        self.members[store].restarting = True
+        blame = self._blame(store, reason, at)
+        return [*self._left(store, reason), do.Restart(store, reason), *blame]
+
+    def _blame(self, store: str, reason: str, at: float) -> list[do.Action]:
+        """Count a failure; back off, or set the store aside."""
+        member = self.members[store]
+        member.failures += 1
+        member.retry_at = at + self.policy.backoff_s * 2 ** min(member.failures - 1, 16)
+        if member.failures < self.policy.max_failures:
+            return []
+        member.aside = reason
+        self.cohort = [s for s in self.cohort if s != store]
+        return [do.Record("store_set_aside", {"store": store, "reason": reason, "failures": member.failures})]
+
+    # -- tickets --------------------------------------------------------------------------------------------
+
+    def _trained(self, event: ev.Trained) -> list[do.Action]:
+        ticket = self.tickets.get(event.ticket)
+        if ticket is None or ticket.phase is not Phase.TRAINING:
+            return []
+        ticket.phase = Phase.COLLECTING
+        ticket.steps, ticket.examples, ticket.num_train = event.steps, event.examples, event.num_train
+        ticket.seconds, ticket.loss = event.seconds, event.loss
+        if event.seconds > 0:
+            self.members[ticket.store].speed = event.steps / event.seconds
+        return [do.Collect(ticket.id, ticket.store)]
+
+    def _arrived(self, event: ev.UpdateArrived) -> None:
+        ticket = self.tickets.get(event.ticket)
+        if ticket is None or ticket.phase is not Phase.COLLECTING:
+            return
+        ticket.phase, ticket.num_bytes = Phase.ARRIVED, event.num_bytes
+        member = self.members[ticket.store]
+        member.last_s = event.at - ticket.issued_at
+        member.overhead_s = max(0.0, member.last_s - ticket.seconds)
+
+    def _failed(self, ticket_id: str, reason: str, at: float) -> list[do.Action]:
+        ticket = self.tickets.get(ticket_id)
+        if ticket is None or ticket.phase > Phase.COLLECTING:
+            return []
+        del self.tickets[ticket_id]
+        note = do.Record("ticket_failed", {"store": ticket.store, "ticket": ticket_id, "reason": reason})
+        return [note, *self._try_again(ticket, reason, at)]
+
+    def _try_again(self, ticket: Ticket, reason: str, at: float) -> list[do.Action]:
+        """Blame the store; where a version waits for its cohort, it stays in it until it is set aside."""
+        actions = self._blame(ticket.store, reason, at)
+        cohort_waits = self.policy.refill == "on_publish" and not self.policy.tick
+        if cohort_waits and ticket.base == self.version and not self.members[ticket.store].aside:
+            self.cohort.append(ticket.store)
+        return actions
+
+    def _folded(self, event: ev.Folded) -> list[do.Action]:
+        actions: list[do.Action] = []
+        for ticket_id, reason in event.rejected:
+            if (ticket := self.tickets.pop(ticket_id, None)) is not None:
+                body = {"store": ticket.store, "ticket": ticket_id, "reason": reason}
+                actions += [do.Record("update_rejected", body), do.Settle(ticket.store, ticket_id, None, reason)]
+                actions += self._try_again(ticket, reason, event.at)
+        for ticket_id in event.tickets:
+            ticket = self.tickets.get(ticket_id)
+            if ticket is not None and ticket.phase is Phase.FOLDING:
+                ticket.phase = Phase.FOLDED
+                self.members[ticket.store].failures = 0
+        return actions
+
+    def _expire(self, at: float) -> list[do.Action]:
+        """Restart stores that are long past their due time."""
+        actions: list[do.Action] = []
+        for ticket in [t for t in self.tickets.values() if t.phase <= Phase.COLLECTING and t.hung_at <= at]:
+            waited = at - ticket.issued_at
+            actions += self._restart(ticket.store, f"no result after {waited:.0f} s; restarted", at)
+        return actions
+
+    # -- folding and publishing -----------------------------------------------------------------------------
+
+    def _fold(self) -> list[do.Action]:
+        """Portions for the updates that arrived: at once, or the prefix in store order where bits must repeat."""
+        if self.ending is not None:
+            return []
+        arrived = sorted((t for t in self.tickets.values() if t.phase is Phase.ARRIVED), key=lambda t: t.store)
+        if self._due():  # the sum is complete: the rest belongs to the next version
+            return []
+        if self.policy.in_order:
+            first_missing = min(self._expected(with_arrived=False), default="￿")
+            arrived = [t for t in arrived if t.store < first_missing]
+        actions: list[do.Action] = []
+        portions = []
+        for ticket in arrived:
+            if self._weigh(ticket):
+                ticket.phase = Phase.FOLDING
+                steps = ticket.steps if self.policy.weigh == "steps" else None
+                portions.append(do.Portion(ticket.id, ticket.store, ticket.weight, steps))
+            else:
+                del self.tickets[ticket.id]
+                reason = f"trained on version {ticket.base}, {ticket.staleness} versions ago"
+                actions.append(do.Settle(ticket.store, ticket.id, None, reason))
+        return [*actions, do.Fold(tuple(portions))] if portions else actions
+
+    def _weigh(self, ticket: Ticket) -> bool:
+        """Set the ticket's staleness and weight; False when it is too stale and policy drops it."""
+        policy = self.policy
+        newest = self.version + (self.publishing is not None)
+        ticket.staleness = newest - ticket.base
+        trust = policy.weigh_staleness(ticket.staleness)
+        there = sum(m.present for m in self.members.values())
+        in_flight = min(policy.concurrency or there, there)
+        limit = policy.stale_limit * max(1.0, in_flight / (policy.buffer_size or max(1, in_flight)))
+        if ticket.staleness > limit:
+            if policy.stale_action == "drop":
+                return False
+            trust = policy.floor_weight
+        worth = 1.0 if policy.weigh == "equal" else float(max(1, ticket.num_train))
+        ticket.weight = worth * max(trust, policy.floor_weight)
+        return True
+
+    def _publish(self) -> list[do.Action]:
+        summed = self._in_sum()
+        if not self._due() or any(t.phase is Phase.FOLDING for t in summed):
+            return []
+        if self.policy.in_order:
+            summed.sort(key=lambda t: t.store)
+        total = math.fsum(t.weight for t in summed)
+        there = max(1, sum(m.present and not m.aside for m in self.members.values()))
+        contributions = tuple(_contribution(t, total) for t in summed)
+        stores = len({t.store for t in summed})
+        self.publishing = do.Publish(self.version + 1, contributions, len(summed), min(1.0, stores / there))
+        for ticket in summed:
+            del self.tickets[ticket.id]
+        return [self.publishing]
+
+    def _published(self, event: ev.Published) -> list[do.Action]:
+        if self.publishing is None or event.version != self.publishing.version:
+            return []
+        contributions, self.publishing, self.version = self.publishing.contributions, None, event.version
+        settled = [do.Settle(c.store, c.ticket, event.version) for c in contributions]
+        return [*settled, *self._judge_centrally(), *self._close_scores()]
+
+    def _due(self) -> bool:
+        """The open sum is complete. Derived, never stored."""
+        stores = {t.store for t in self._in_sum()}
+        if not stores or self.publishing is not None or self.ending is not None:
+            return False
+        can_come = stores | self._expected()
+        return len(stores) >= min(self.policy.buffer_size or len(can_come), len(can_come))
+
+    def _expected(self, *, with_arrived: bool = True) -> set[str]:
+        """Stores that can still bring something to the open sum in time."""
+        coming = {t.store for t in self.tickets.values() if t.phase <= Phase.COLLECTING and not self._late(t)}
+        if with_arrived:
+            coming |= {t.store for t in self.tickets.values() if t.phase is Phase.ARRIVED}
+        if self.policy.refill == "on_publish" and self.picked == self.version:
+            return coming | set(self._startable())
+        return coming | set(self._free())
+
+    # -- giving out work ------------------------------------------------------------------------------------
+
+    def _train(self, at: float) -> list[do.Action]:
+        if self.ending is not None or self.publishing is not None or not self._started(at):
+            return []
+        if self._due():  # a version is about to be made: a ticket now would be one behind
+            return []
+        actions: list[do.Action] = []
+        for store in self._candidates():
+            if self.policy.concurrency is not None and self._slots_taken() >= self.policy.concurrency:
+                break
+            actions.append(self._issue(self.members[store], at))
+        return actions
+
+    def _started(self, at: float) -> bool:
+        if self.started_at is None and sum(m.present for m in self.members.values()) >= self.policy.quorum:
+            self.started_at = at
+        return self.started_at is not None
+
+    def _candidates(self) -> list[str]:
+        """Stores to be given a ticket now, first come first: the longest work first, then the longest idle."""
+        free = self._free()
+        if self.policy.refill == "on_arrival":
+            return sorted((s for s in free if not self._sated(s)), key=lambda s: self.members[s].last_issued_at)
+        nothing_open = not self._in_sum() and not self._expected()
+        if self.picked != self.version or nothing_open:
+            self.picked, size = self.version, self.policy.cohort
+            self.cohort = free if size is None or size >= len(free) else sorted(self._chance.sample(free, size))
+        return sorted((s for s in self.cohort if s in free), key=lambda s: (-(self.members[s].last_s or 0.0), s))
+
+    def _issue(self, member: Member, at: float) -> do.Train:
+        policy = self.policy
+        self._issued += 1
+        budget, steps = policy.budget_s, None
+        if budget is None and policy.deadline_s is not None:  # what the store can do in time, by its own measure
+            budget = max(0.2 * policy.deadline_s, policy.deadline_s - 1.5 * member.overhead_s)
+            steps = None if member.speed is None else max(1, int(member.speed * budget))
+        if policy.max_seconds is not None and self.started_at is not None and budget is not None:
+            budget = max(0.1 * budget, min(budget, self.started_at + policy.max_seconds - at))
+        due = policy.deadline_s if policy.deadline_s is not None else (1.25 * budget + 0.5 if budget else math.inf)
+        patience = due if math.isfinite(due) else (10 * member.last_s if member.last_s else FIRST_S)
+        progress = self.progress(at)
+        ticket = Ticket(
+            f"{self.version}.{self._issued}.{member.id}",
+            member.id,
+            self.version,
+            at,
+            at + due,
+            at + patience + policy.hung_s,
+        )
+        self.tickets[ticket.id] = ticket
+        self.cohort = [s for s in self.cohort if s != member.id]
+        evaluate = self.version % policy.evaluate_every == 0 and member.id not in self.scores.judged.get(
+            self.version, {}
+        )
+        member.issued, member.last_issued_at = member.issued + 1, at
+        return do.Train(ticket.id, member.id, self.version, (progress, progress), budget, steps, evaluate)
+
+    def progress(self, at: float) -> float:
+        """How much of the run is over, in [0, 1], by versions or by time, whichever is further."""
+        by_version = self.version / self.policy.max_versions if self.policy.max_versions else 0.0
+        since = at - self.started_at if self.started_at is not None else 0.0
+        by_time = since / self.policy.max_seconds if self.policy.max_seconds else 0.0
+        return min(1.0, max(by_version, by_time))
+
+    # -- the end --------------------------------------------------------------------------------------------
+
+    def _judge_centrally(self) -> list[do.Action]:
+        central = self.scores.central
+        due = central is not None and self.version % self.policy.evaluate_every == 0
+        return [do.Evaluate(self.version, central)] if central is not None and due else []
+
+    def _heard(self, version: int, store: str) -> None:
+        if self.awaited is not None and version == self.version:
+            self.awaited.discard(store)
+
+    def _close_scores(self) -> list[do.Action]:
+        """Score versions that all who judge have judged, and those two behind the newest."""
+        there = {s for s, m in self.members.items() if m.present and not m.aside}
+        judges = there if self.scores.central is None else {self.scores.central}
+        actions: list[do.Action] = []
+        for version in sorted(v for v in self.scores.judged if v not in self.scores.closed):
+            if version <= self.version - 2 or judges <= set(self.scores.judged[version]):
+                actions += self._score(version)
+        return actions
+
+    def _score(self, version: int) -> list[do.Action]:
+        mean = self.scores.close(version)
+        if mean is None:
+            return []
+        rows = self.scores.judged.get(version, {})
+        best = self.scores.best is not None and self.scores.best[0] == version
+        stores = {s: {**metrics, "num_examples": n} for s, (metrics, n) in sorted(rows.items())}
+        total = sum(n for _, n in rows.values())
+        body = {"version": version, "split": "validation", "metrics": mean, "stores": stores, "best": best}
+        return [do.Record("evaluated", {**body, "num_examples": total})]
+
+    def _finish(self, at: float) -> list[do.Action]:
+        """Once the end has begun: have the newest version judged, then finish."""
+        actions: list[do.Action] = []
+        if self.ending is None or self.publishing is not None:
+            return actions
+        reason, since = self.ending
+        if self.awaited is None:
+            actions += self._judge_last()
+        if not self.awaited or at >= since + CLOSING_S:
+            for version in sorted(set(self.scores.judged) - self.scores.closed):
+                actions += self._score(version)
+            self.finished = True
+            best = self.scores.best[0] if self.scores.best else self.version
+            actions.append(do.Finish(reason, best, failed=self.started_at is None))
+        return actions
+
+    def _judge_last(self) -> list[do.Action]:
+        """Ask all who can answer for their word on the newest version."""
+        stuck = {t.store for t in self._training() if self._late(t)}
+        there = [s for s, m in self.members.items() if m.present and not m.aside and s not in stuck]
+        if self.scores.central is not None:
+            there = [self.scores.central]
+        done = self.scores.judged.get(self.version, {})
+        self.awaited = {s for s in there if s not in done} if self.started_at is not None else set()
+        self.tickets = {}
+        return [do.Evaluate(self.version, s) for s in sorted(self.awaited)]
+
+    def _reason_to_end(self, at: float) -> str:
+        policy = self.policy
+        if self.started_at is None:
+            late = at >= self.created_at + policy.join_s
+            return f"no quorum after {policy.join_s:.0f} s" if late else ""
+        if policy.max_versions is not None and self.version >= policy.max_versions:
+            return f"{self.version} versions"
+        over = at - self.started_at - policy.max_seconds if policy.max_seconds is not None else -1.0
+        if over >= 0 and (not self._expected() or over >= 0.5 * (policy.budget_s or 0.0)):
+            return f"{policy.max_seconds:.0f} s"
+        if policy.target is not None and self.scores.reached(policy.target):
+            return f"{self.scores.metric} reached {policy.target}"
+        if policy.patience is not None and self.scores.stale_for(policy.patience):
+            return f"no better version in {policy.patience}"
+        if self.members and all(m.aside for m in self.members.values()):
+            return "every store is set aside"
+        return ""
+
+    def _end(self, reason: str, at: float) -> list[do.Action]:
+        if self.ending is not None:
+            return []
+        self.ending = (reason, at)
+        cancels: list[do.Action] = [do.Cancel(t.store, t.id) for t in self._training()]
+        return cancels + [do.Settle(t.store, t.id, None, "the run ended") for t in self.tickets.values()]
+
+    # -- derived --------------------------------------------------------------------------------------------
+
+    def _training(self) -> list[Ticket]:
+        return [t for t in self.tickets.values() if t.phase is Phase.TRAINING]
+
+    def _late(self, ticket: Ticket) -> bool:
+        return ticket.due_at <= self._now
+
+    def _free(self) -> list[str]:
+        """Stores that may be given work now."""
+        handing_over = Phase.COLLECTING if self.policy.refill == "on_arrival" else Phase.TRAINING
+        busy = {t.store for t in self.tickets.values() if t.phase <= handing_over}
+        return [s for s, m in self.members.items() if m.available(self._now) and s not in busy]
+
+    def _slots_taken(self) -> int:
+        return sum(not self._late(t) for t in self._training())
+
+    def _in_sum(self) -> list[Ticket]:
+        return [t for t in self.tickets.values() if t.phase >= Phase.FOLDING]
+
+    def _startable(self) -> list[str]:
+        """Members of the open cohort that wait for a slot or for the end of their back-off."""
+        return [s for s in self.cohort if self.members[s].present and not self.members[s].aside]
+
+    def _sated(self, store: str) -> bool:
+        """With slots refilled on arrival, a store that is in the open sum twice waits for the version."""
+        return sum(t.store == store for t in self.tickets.values() if t.phase > Phase.TRAINING) >= MAX_IN_ONE_SUM
+
+
+def _contribution(ticket: Ticket, total: float) -> do.Contribution:
+    return do.Contribution(
+        ticket=ticket.id,
+        store=ticket.store,
+        base=ticket.base,
+        staleness=ticket.staleness,
+        steps=ticket.steps,
+        examples=ticket.examples,
+        weight=ticket.weight,
+        share=ticket.weight / total,
+        seconds=ticket.seconds,
+        loss=ticket.loss,
+        bytes_up=ticket.num_bytes,
+    )

@@ -1,0 +1,113 @@
+"""What the machine remembers of stores and tickets. Facts only; whatever can be derived is derived."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+
+class Phase(IntEnum):
+    """A ticket's way; it leaves the machine when it is settled or failed."""
+
+    TRAINING = 1
+    COLLECTING = 2
+    ARRIVED = 3  # can be folded
+    FOLDING = 4
+    FOLDED = 5  # in the sum of a version not yet published
+
+
+@dataclass(slots=True)
+class Ticket:
+    """One request to train. Times are seconds of the shell's clock."""
+
+    id: str
+    store: str
+    base: int
+    issued_at: float
+    due_at: float  # after this it holds no slot and nobody waits for it; its work still counts
+    hung_at: float  # after this its store is restarted
+    phase: Phase = Phase.TRAINING
+    steps: int = 0
+    examples: int = 0
+    num_train: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
+    num_bytes: int = 0
+    weight: float = 0.0
+    staleness: int = 0
+
+
+@dataclass(slots=True)
+class Member:
+    """A store as the coordinator knows it."""
+
+    id: str
+    num_train: int = 0
+    present: bool = False
+    aside: str = ""  # why it is set aside; empty when it is not
+    failures: int = 0  # in a row
+    retry_at: float = -math.inf
+    restarting: bool = False  # we ended its process ourselves
+    issued: int = 0
+    last_issued_at: float = -1.0
+    speed: float | None = None  # steps a second, the newest ticket's
+    overhead_s: float = 0.0  # from issue to arrival, less training: the link and the queue
+    last_s: float | None = None  # the newest ticket, from issue to arrival
+
+    def available(self, at: float) -> bool:
+        """May be given work now, if it holds no ticket in training."""
+        return self.present and not self.aside and self.retry_at <= at
+
+
+@dataclass(slots=True)
+class Scores:
+    """How versions are judged: each store judges the bases that it trains on, and its newest word stands.
+
+    A version's score is the mean, weighted by validation images, of each store's newest judgement at that
+    version or before. So a slow store that skips versions still counts, and scores of neighbouring versions are
+    comparable although not every store judged each.
+    """
+
+    metric: str
+    lower_is_better: bool = False
+    central: str | None = None  # where there is a central validation set, its word alone counts
+    newest: dict[str, tuple[int, dict[str, float], int]] = field(default_factory=dict)
+    judged: dict[int, dict[str, tuple[dict[str, float], int]]] = field(default_factory=dict)
+    best: tuple[int, float] | None = None
+    scored: dict[int, float] = field(default_factory=dict)
+    closed: set[int] = field(default_factory=set)
+
+    def add(self, version: int, store: str, metrics: dict[str, float], num_examples: int) -> None:
+        """A store's word on a version; an older word than its newest is kept only for that version's record."""
+        self.judged.setdefault(version, {})[store] = (metrics, num_examples)
+        if store not in self.newest or self.newest[store][0] <= version:
+            self.newest[store] = (version, metrics, num_examples)
+
+    def close(self, version: int) -> dict[str, float] | None:
+        """The version's weighted metrics, once; None when no store has judged anything yet."""
+        rows = {s: (m, n) for s, (v, m, n) in self.newest.items() if v <= version} | self.judged.get(version, {})
+        if self.central is not None:
+            rows = {s: row for s, row in rows.items() if s == self.central}
+        total = sum(n for _, n in rows.values())
+        if not total or version in self.closed:
+            return None
+        self.closed.add(version)
+        names = sorted({name for metrics, _ in rows.values() for name in metrics})
+        mean = {name: sum(m.get(name, 0.0) * n for m, n in rows.values()) / total for name in names}
+        if self.metric in mean:
+            self.scored[version] = mean[self.metric]
+            if self.best is None or self._better(mean[self.metric], self.best[1]):
+                self.best = (version, mean[self.metric])
+        return mean
+
+    def _better(self, one: float, other: float) -> bool:
+        return one < other if self.lower_is_better else one > other
+
+    def reached(self, target: float) -> bool:
+        """Whether any version's score is at least as good as the target."""
+        return self.best is not None and not self._better(target, self.best[1])
+
+    def stale_for(self, patience: int) -> bool:
+        """Whether the newest `patience` scored versions brought no better one."""
+        return self.best is not None and sum(v > self.best[0] for v in self.scored) >= patience

@@ -1,0 +1,395 @@
+"""The machine: scripted histories as sentences, and random ones under every policy."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import random
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raypipe.coordinator import actions as do
+from raypipe.coordinator import events as ev
+from raypipe.coordinator.machine import Coordinator
+from raypipe.coordinator.policy import Policy, pace
+
+
+def machine(policy: Policy, stores: int = 3) -> Coordinator:
+    names = [f"s{i}" for i in range(stores)]
+    return Coordinator(policy, names, metric="accuracy", chance=random.Random(0), start_at=0.0)
+
+
+def join_all(m: Coordinator, at: float = 0.0) -> list[do.Action]:
+    return [a for store in list(m.members) for a in m.handle(ev.StoreJoined(store, 100, at))]
+
+
+def trained(ticket: str, at: float, *, steps: int = 10, num_train: int = 100) -> ev.Trained:
+    return ev.Trained(ticket, steps, steps * 32, num_train, seconds=1.0, loss=1.0, at=at)
+
+
+def of(kind: type[Any], actions: list[do.Action]) -> list[Any]:
+    return [a for a in actions if isinstance(a, kind)]
+
+
+def deliver(m: Coordinator, ticket: str, at: float, **report: int) -> list[do.Action]:
+    """Training, handing over and folding of one ticket, with nothing going wrong."""
+    actions = m.handle(trained(ticket, at, **report))
+    actions += m.handle(ev.UpdateArrived(ticket, 400, at))
+    portions = [p.ticket for fold in of(do.Fold, actions) for p in fold.portions]
+    return actions + (m.handle(ev.Folded(tuple(portions), (), at)) if portions else [])
+
+
+def test_nobody_trains_before_the_quorum_is_there() -> None:
+    m = machine(Policy(refill="on_publish", quorum=2, max_versions=1))
+    assert m.handle(ev.StoreJoined("s0", 100, 0.0)) == []
+    assert [a.store for a in of(do.Train, m.handle(ev.StoreJoined("s1", 100, 1.0)))] == ["s0", "s1"]
+
+
+def test_a_run_without_quorum_ends_and_says_so() -> None:
+    m = machine(Policy(refill="on_publish", quorum=2, join_s=5.0, max_versions=1))
+    m.handle(ev.StoreJoined("s0", 100, 0.0))
+    assert m.wake_at() == 5.0
+    assert m.handle(ev.Tick(5.0))[-1] == do.Finish("no quorum after 5 s", 0, failed=True)
+
+
+def test_wait_for_all_folds_in_store_order_and_publishes_once() -> None:
+    m = machine(pace("wait_for_all", 3, {"max_versions": 5}))
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    assert sorted(tickets) == ["s0", "s1", "s2"]
+    folds = [of(do.Fold, deliver(m, tickets[s], 1.0)) for s in ("s2", "s1")]
+    assert folds == [[], []], "s0 comes first in the sum"
+    actions = deliver(m, tickets["s0"], 2.0)
+    assert [p.store for f in of(do.Fold, actions) for p in f.portions] == ["s0", "s1", "s2"]
+    (publish,) = of(do.Publish, actions)
+    assert [c.store for c in publish.contributions] == ["s0", "s1", "s2"]
+    assert sum(c.share for c in publish.contributions) == pytest.approx(1.0)
+
+
+def test_a_version_is_durable_before_anyone_trains_on_it() -> None:
+    m = machine(pace("fedbuff", 3, {"buffer_size": 1, "max_versions": 5}))
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    assert of(do.Train, deliver(m, tickets["s1"], 1.0)) == []
+    after = m.handle(ev.Published(1, 1.1))
+    assert [(a.store, a.version) for a in of(do.Train, after)] == [("s1", 1)]
+
+
+def test_a_late_update_weighs_less() -> None:
+    policy = pace("fedbuff", 2, {"buffer_size": 1, "max_versions": 9, "weigh_staleness": lambda s: (1 + s) ** -0.5})
+    m = machine(policy, 2)
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    for version in (1, 2, 3):
+        deliver(m, tickets["s0"], float(version))
+        tickets["s0"] = of(do.Train, m.handle(ev.Published(version, float(version))))[0].ticket
+    (fold,) = of(do.Fold, deliver(m, tickets["s1"], 4.0))
+    assert fold.portions[0].weight == pytest.approx(100 * 4**-0.5)
+
+
+@pytest.mark.parametrize(("action", "weights"), [("floor", [5.0]), ("drop", [])])
+def test_an_update_beyond_the_relative_limit_keeps_a_floor_weight_unless_policy_drops_it(
+    action: Any, weights: list[float]
+) -> None:
+    m = machine(pace("delta_async", 2, {"stale_limit": 1.0, "stale_action": action, "max_versions": 9}), 2)
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    for version in (1, 2, 3):  # limit: 1.0 * 2 stores / K = 1 is 2 versions
+        deliver(m, tickets["s0"], float(version))
+        tickets["s0"] = of(do.Train, m.handle(ev.Published(version, float(version))))[0].ticket
+    actions = deliver(m, tickets["s1"], 4.0)
+    assert [p.weight for f in of(do.Fold, actions) for p in f.portions] == pytest.approx(weights)
+    if action == "drop":
+        assert of(do.Settle, actions)[0].version is None
+
+
+def test_a_paced_version_is_made_at_the_tick_and_late_work_joins_the_next() -> None:
+    m = machine(pace("paced", 3, {"budget_s": 2.0, "max_versions": 9}))
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    for store in ("s0", "s1"):
+        assert of(do.Publish, deliver(m, tickets[store], 2.1)) == []
+    assert m.wake_at() == 3.0  # 1.25 * budget + 0.5
+    (publish,) = of(do.Publish, m.handle(ev.Tick(3.0)))
+    assert [c.store for c in publish.contributions] == ["s0", "s1"]
+    again = of(do.Train, m.handle(ev.Published(1, 3.0)))
+    assert [t.store for t in again] == ["s0", "s1"], "s2 is still at work"
+    deliver(m, tickets["s2"], 3.5)
+    deliver(m, again[0].ticket, 5.0)
+    (publish,) = of(do.Publish, deliver(m, again[1].ticket, 5.1))
+    assert {c.store: c.staleness for c in publish.contributions} == {"s0": 0, "s1": 0, "s2": 1}
+
+
+def test_late_work_alone_makes_no_version_while_the_others_are_about_to_start() -> None:
+    m = machine(pace("paced", 2, {"budget_s": 2.0, "max_versions": 9}), 2)
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    deliver(m, tickets["s0"], 2.0)
+    m.handle(ev.Tick(3.0))
+    m.handle(trained(tickets["s1"], 3.0))
+    m.handle(ev.UpdateArrived(tickets["s1"], 400, 3.0))
+    actions = m.handle(ev.Published(1, 3.1))
+    assert of(do.Publish, actions) == []
+    assert sorted(a.store for a in of(do.Train, actions)) == ["s0", "s1"]
+
+
+def test_slots_are_not_the_cohort() -> None:
+    m = machine(pace("wait_for_all", 5, {"concurrency": 2, "max_versions": 2}), 5)
+    first = of(do.Train, join_all(m))
+    assert len(first) == 2
+    open_tickets, seen = list(first), []
+    while open_tickets:
+        ticket = open_tickets.pop(0)
+        seen.append(ticket.store)
+        actions = deliver(m, ticket.ticket, 1.0)
+        open_tickets += of(do.Train, actions)
+    assert sorted(seen) == [f"s{i}" for i in range(5)]
+    assert m.publishing is not None
+
+
+def test_a_hung_store_is_restarted_and_holds_up_no_version() -> None:
+    m = machine(pace("paced", 2, {"budget_s": 2.0, "hung_s": 10.0, "max_versions": 9}), 2)
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    deliver(m, tickets["s0"], 2.0)
+    assert of(do.Publish, m.handle(ev.Tick(3.0)))
+    (next_ticket,) = of(do.Train, m.handle(ev.Published(1, 3.0)))
+    assert of(do.Publish, deliver(m, next_ticket.ticket, 5.0)), "nobody waits for s1"
+    m.handle(ev.Published(2, 5.0))
+    restart = of(do.Restart, m.handle(ev.Tick(13.0)))
+    assert [r.store for r in restart] == ["s1"]
+    assert of(do.Train, m.handle(ev.StoreJoined("s1", 100, 15.0))), "taken in again"
+
+
+def test_a_failing_store_is_retried_with_backoff_and_set_aside_with_its_reason() -> None:
+    m = machine(pace("wait_for_all", 2, {"max_failures": 2, "backoff_s": 4.0, "max_versions": 9}), 2)
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    assert of(do.Train, m.handle(ev.TrainingFailed(tickets["s1"], "loss is not finite", 1.0))) == []
+    assert m.wake_at() == 5.0
+    (again,) = of(do.Train, m.handle(ev.Tick(5.0)))
+    actions = m.handle(ev.TrainingFailed(again.ticket, "loss is not finite", 6.0))
+    assert [a.body["reason"] for a in of(do.Record, actions) if a.kind == "store_set_aside"] == ["loss is not finite"]
+    assert of(do.Publish, deliver(m, tickets["s0"], 7.0)), "the others are not held up"
+    m.handle(ev.StoreLeft("s1", "its operator took it out", 8.0))
+    m.handle(ev.StoreJoined("s1", 100, 9.0))
+    assert [a.store for a in of(do.Train, m.handle(ev.Published(1, 9.0)))] == ["s0", "s1"]
+
+
+def test_a_refused_update_leaves_the_weight_of_the_others() -> None:
+    m = machine(pace("wait_for_all", 2, {"max_versions": 9}), 2)
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    for store in ("s0", "s1"):
+        m.handle(trained(tickets[store], 1.0))
+        m.handle(ev.UpdateArrived(tickets[store], 400, 1.0))
+    actions = m.handle(ev.Folded((tickets["s0"],), ((tickets["s1"], "not finite"),), 1.0))
+    assert [s.reason for s in of(do.Settle, actions)] == ["not finite"]
+    assert of(do.Publish, actions) == [], "s1 is tried again first"
+
+
+def test_two_fast_stores_cannot_hold_a_buffer_of_three() -> None:
+    m = machine(pace("fedbuff", 3, {"buffer_size": 3, "deadline_s": 5.0, "max_versions": 9}))
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    deliver(m, tickets["s0"], 1.0)
+    deliver(m, tickets["s1"], 1.0)
+    for _ in range(3):  # s0 goes on; its second update joins the same sum, then it waits
+        more = [t for t in m.tickets.values() if t.store == "s0" and t.phase == 1]
+        for ticket in more:
+            deliver(m, ticket.id, 2.0)
+    assert sum(t.store == "s0" for t in m.tickets.values()) == 2
+    assert of(do.Publish, m.handle(ev.Tick(6.0))), "s2 is past its deadline: two are as many as can come"
+
+
+def test_the_newest_version_is_judged_before_the_end() -> None:
+    m = machine(pace("wait_for_all", 2, {"max_versions": 1}), 2)
+    for ticket in of(do.Train, join_all(m)):
+        deliver(m, ticket.ticket, 1.0)
+    asked = of(do.Evaluate, m.handle(ev.Published(1, 1.0)))
+    assert [(a.store, a.version) for a in asked] == [("s0", 1), ("s1", 1)]
+    m.handle(ev.Evaluated(1, "s0", {"accuracy": 0.5}, 10, 2.0))
+    actions = m.handle(ev.Evaluated(1, "s1", {"accuracy": 0.8}, 30, 2.0))
+    (record,) = [a for a in of(do.Record, actions) if a.kind == "evaluated"]
+    assert record.body["metrics"]["accuracy"] == pytest.approx(0.725)
+    assert actions[-1] == do.Finish("1 versions", 1)
+
+
+def test_patience_ends_a_run_at_its_best_version() -> None:
+    m = machine(pace("delta_async", 1, {"patience": 2, "max_versions": 50}), 1)
+    (ticket,) = of(do.Train, join_all(m))
+    finish: list[do.Finish] = []
+    for version, accuracy in enumerate((0.3, 0.9, 0.5, 0.4, 0.3)):
+        actions = m.handle(ev.Evaluated(version, "s0", {"accuracy": accuracy}, 10, float(version)))
+        finish += of(do.Finish, actions)
+        deliver(m, ticket.ticket, float(version))
+        actions = m.handle(ev.Published(version + 1, float(version)))
+        ticket = next(iter(of(do.Train, actions)), ticket)
+    assert [(f.reason, f.best_version) for f in finish] == [("no better version in 2", 1)]
+
+
+# -- random histories --------------------------------------------------------------------------------------
+
+
+class World:
+    """A shell under a virtual clock: performs actions with the troubles that a seed gives, checks every step."""
+
+    def __init__(self, policy: Policy, stores: int, seed: int, healthy: int) -> None:
+        self.chance = random.Random(seed)
+        self.names = [f"s{i}" for i in range(stores)]
+        self.healthy = set(self.names[:healthy])
+        self.speed = {s: self.chance.choice([0.5, 1.0, 5.0]) for s in self.names}
+        self.machine = Coordinator(policy, self.names, metric="accuracy", chance=self.chance, start_at=0.0)
+        self.queue: list[tuple[float, int, ev.Event]] = []
+        self.count = itertools.count()
+        self.at = 0.0
+        self.folded: Counter[str] = Counter()
+        self.settled: Counter[str] = Counter()
+        self.versions: list[int] = []
+        self.present: set[str] = set()
+        self.asked: dict[str, do.Train] = {}
+        for store in self.names:
+            if store in self.healthy or self.chance.random() < 0.8:
+                self.later(ev.StoreJoined(store, self.chance.randint(1, 500), self.chance.uniform(0, 3)))
+
+    def later(self, event: ev.Event) -> None:
+        heapq.heappush(self.queue, (event.at, next(self.count), event))
+
+    def trouble(self, store: str, share: float) -> bool:
+        return store not in self.healthy and self.chance.random() < share
+
+    def perform(self, action: do.Action) -> None:
+        at, chance = self.at, self.chance
+        match action:
+            case do.Train():
+                m = self.machine
+                assert m.members[action.store].present
+                assert not m.members[action.store].aside
+                assert action.version == m.version
+                assert m.publishing is None
+                assert action.store in self.present
+                self.asked[action.ticket] = action
+                done = at + (action.budget_s or chance.uniform(0.5, 2) * self.speed[action.store])
+                if self.trouble(action.store, 0.1):
+                    self.later(ev.TrainingFailed(action.ticket, "crashed", done))
+                elif not self.trouble(action.store, 0.1):  # else it hangs
+                    self.later(replace(trained(action.ticket, done), num_train=chance.randint(1, 500)))
+                if self.trouble(action.store, 0.05):
+                    self.later(ev.StoreLeft(action.store, "gone", at + chance.uniform(0, 3)))
+                    self.later(ev.StoreJoined(action.store, 50, at + chance.uniform(3, 30)))
+                if self.trouble(action.store, 0.05):
+                    self.later(ev.StoreHung(action.store, "no heartbeat", at + chance.uniform(0, 3)))
+            case do.Collect(ticket=ticket, store=store):
+                if self.trouble(store, 0.05):
+                    self.later(ev.TrainingFailed(ticket, "link", at + 1))
+                elif not self.trouble(store, 0.05):  # else the transfer never ends
+                    self.later(ev.UpdateArrived(ticket, 10, at + chance.uniform(0, 0.5)))
+                    if chance.random() < 0.1:
+                        self.later(ev.UpdateArrived(ticket, 10, at + chance.uniform(0, 0.9)))  # twice
+            case do.Fold(portions=portions):
+                bad = tuple((p.ticket, "not finite") for p in portions if self.trouble(p.store, 0.1))
+                good = tuple(p.ticket for p in portions if p.ticket not in dict(bad))
+                self.folded.update(good)
+                assert all(math.isfinite(p.weight) and p.weight > 0 for p in portions)
+                self.later(ev.Folded(good, bad, at + 0.01))
+            case do.Publish(version=version, contributions=contributions):
+                assert version == len(self.versions) + 1
+                self.versions.append(version)
+                assert contributions
+                assert sum(c.share for c in contributions) == pytest.approx(1.0)
+                assert all(self.folded[c.ticket] == 1 and c.staleness >= 0 for c in contributions)
+                assert all(c.staleness == version - 1 - c.base or c.staleness >= 0 for c in contributions)
+                self.later(ev.Published(version, at + 0.05))
+            case do.Settle(ticket=ticket):
+                self.settled[ticket] += 1
+            case do.Restart(store=store):
+                self.later(ev.StoreJoined(store, 50, at + 2))
+            case do.Evaluate(version=version, store=store):
+                if not self.trouble(store, 0.2):
+                    self.later(ev.Evaluated(version, store, {"accuracy": self.chance.random()}, 10, at + 0.2))
+                elif self.trouble(store, 0.5):
+                    self.later(ev.EvaluationFailed(version, store, at + 0.2))
+
+    def run(self, limit: int) -> Coordinator:
+        m = self.machine
+        for _ in range(limit):
+            wake = m.wake_at()
+            if self.queue and self.queue[0][0] <= wake:
+                self.at, _, event = heapq.heappop(self.queue)
+            else:
+                assert math.isfinite(wake), f"nothing can happen any more: {m.tickets}"
+                self.at, event = wake, ev.Tick(wake)
+            if isinstance(event, ev.StoreJoined):
+                self.present.add(event.store)
+            elif isinstance(event, ev.StoreLeft):
+                self.present.discard(event.store)
+            for action in m.handle(event):
+                if isinstance(action, do.Restart):
+                    self.present.discard(action.store)
+                self.perform(action)
+            self.check()
+            if m.finished:
+                return m
+        raise AssertionError(f"not over after {limit} events at {self.at:.1f} s, version {m.version}: {m.tickets}")
+
+    def check(self) -> None:
+        m = self.machine
+        training = [t for t in m.tickets.values() if t.phase == 1]
+        assert len({t.store for t in training}) == len(training), "two tickets in training at one store"
+        in_time = [t for t in training if t.due_at > self.at]
+        if m.policy.concurrency is not None:
+            assert len(in_time) <= m.policy.concurrency
+        assert all(n == 1 for n in self.folded.values())
+        assert all(n == 1 for n in self.settled.values())
+        assert all(m.members[t.store].present for t in training)
+
+
+def maybe(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.none() | strategy
+
+
+def consistent(**fields: Any) -> Policy:
+    if fields["refill"] == "on_arrival":
+        fields |= {"buffer_size": fields["buffer_size"] or 1, "in_order": False, "tick": False}
+    return Policy(**fields)
+
+
+policies = st.builds(
+    consistent,
+    refill=st.sampled_from(["on_publish", "on_arrival"]),
+    cohort=maybe(st.integers(1, 6)),
+    buffer_size=maybe(st.integers(1, 7)),
+    tick=st.booleans(),
+    concurrency=maybe(st.integers(1, 6)),
+    budget_s=maybe(st.floats(0.2, 5)),
+    deadline_s=maybe(st.floats(0.5, 8)),
+    hung_s=st.floats(1, 20),
+    quorum=st.integers(1, 2),
+    join_s=st.just(50.0),
+    weigh=st.sampled_from(["examples", "steps", "equal"]),
+    normalise=st.sampled_from(["sum", "k"]),
+    in_order=st.booleans(),
+    stale_limit=st.floats(0.5, 10),
+    stale_action=st.sampled_from(["floor", "drop"]),
+    floor_weight=st.floats(0.01, 1),
+    max_failures=st.integers(1, 4),
+    backoff_s=st.floats(0.1, 5),
+    max_versions=st.integers(1, 12),
+    max_seconds=maybe(st.floats(5, 500)),
+    target=maybe(st.floats(0.9, 1.0)),
+    patience=maybe(st.integers(2, 8)),
+    evaluate_every=st.integers(1, 3),
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(policies, st.integers(2, 7), st.integers(0, 2**32), st.integers(1, 7))
+def test_every_policy_is_safe_and_comes_to_an_end_through_any_trouble(
+    policy: Policy, stores: int, seed: int, healthy: int
+) -> None:
+    finished = World(policy, stores, seed, max(policy.quorum, healthy)).run(limit=20_000)
+    assert finished.version == len(finished.scores.scored) or finished.version >= 0
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(policies, st.integers(2, 7), st.integers(0, 2**32))
+def test_with_one_healthy_store_every_version_is_reached(policy: Policy, stores: int, seed: int) -> None:
+    policy = replace(policy, quorum=1, max_seconds=None, target=None, patience=None)
+    world = World(policy, stores, seed, healthy=1)
+    assert world.run(limit=20_000).version == policy.max_versions
