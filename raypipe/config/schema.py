@@ -7,9 +7,10 @@ settings are checked against the part's own signature in `run.py`, since this ro
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count: TypeAlias = Annotated[int, Field(ge=1)]
@@ -20,20 +21,32 @@ def _as_part(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-def _named(part: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(part.get("name"), str):
-        raise ValueError("a part needs a name: write it as a word or as {name: ..., setting: ...}")
+def _named(part: Any) -> Any:
+    if not isinstance(part, dict) or not isinstance(part.get("name"), str):
+        raise ValueError("a part is written as a word or as {name: ..., setting: ...}")
     return part
 
 
-Part: TypeAlias = Annotated[dict[str, Any], BeforeValidator(_as_part), Field(validate_default=True)]
+def repeated(ids: Iterable[Any]) -> list[str]:
+    """Each id that is there more than once."""
+    known = [str(i) for i in ids]
+    return sorted({i for i in known if known.count(i) > 1})
+
+
+def _distinct(stores: list[Store]) -> list[Store]:
+    if twice := repeated(store.id for store in stores):
+        raise ValueError(f"ids must differ, found twice: {', '.join(twice)}")
+    return stores
+
+
+Part: TypeAlias = Annotated[dict[str, Any], BeforeValidator(_named), BeforeValidator(_as_part)]
 PACES: TypeAlias = Literal["paced", "wait_for_all", "k_of_n", "fedbuff", "delta_async"]
 
 
 class Section(BaseModel):
     """A section refuses keys that it does not know and cannot be changed after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class Store(Section):
@@ -142,7 +155,7 @@ class RunConfig(Section):
     task: Part = {"name": "classification"}
     model: Part = {"name": "small_cnn"}
     warm_start: str | None = None  # a .safetensors file or models:/NAME@alias
-    stores: Annotated[list[Store], Field(min_length=1)]
+    stores: Annotated[list[Store], Field(min_length=1), AfterValidator(_distinct)]
     train: Train = Train()
     pace: PACES = "paced"
     pacing: Pacing = Pacing()
@@ -160,15 +173,10 @@ class RunConfig(Section):
             raise ValueError("a name holds letters, digits, '.', '_' and '-', at most 63, no spaces")
         return value
 
-    @field_validator("task", "model", "server")
-    @classmethod
-    def _part_is_named(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _named(value)
-
     @model_validator(mode="after")
-    def _stores_are_distinct(self) -> RunConfig:
-        ids = [store.id for store in self.stores]
-        twice = sorted({i for i in ids if ids.count(i) > 1})
-        if twice:
-            raise ValueError(f"store ids must be distinct; found twice: {', '.join(twice)}")
+    def _stores_suffice(self) -> RunConfig:
+        for key in ("quorum", "cohort"):
+            wanted = getattr(self.pacing, key)
+            if wanted is not None and wanted > len(self.stores):
+                raise ValueError(f"pacing.{key} {wanted} is more than the {len(self.stores)} stores there are")
         return self

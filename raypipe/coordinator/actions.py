@@ -75,7 +75,7 @@ class Publish:
 
     version: int
     contributions: tuple[Contribution, ...]
-    buffer_size: int  # K, for the normalisation by K
+    full_weight: float  # what the weights would sum to were nothing stale, for the normalisation by K
     statistic_mix: float  # how far statistics move to the contributors' mean
 
 

@@ -48,11 +48,12 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class TrainingFailed:
-    """A ticket ended without an update: refused, crashed, or lost on the way."""
+    """A ticket ended without an update. `final`: the store's policy refuses, and asking again would not help."""
 
     ticket: str
     reason: str
     at: float
+    final: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,8 +69,8 @@ class Coordinator:
                 actions += self._restart(store, reason, at)
             case ev.Trained():
                 actions += self._trained(event)
-            case ev.TrainingFailed(ticket=ticket, reason=reason):
-                actions += self._failed(ticket, reason, at)
+            case ev.TrainingFailed():
+                actions += self._failed(event, at)
             case ev.UpdateArrived():
                 self._arrived(event)
             case ev.Folded():
@@ -171,13 +171,15 @@ class Coordinator:
         member.last_s = event.at - ticket.issued_at
         member.overhead_s = max(0.0, member.last_s - ticket.seconds)
 
-    def _failed(self, ticket_id: str, reason: str, at: float) -> list[do.Action]:
-        ticket = self.tickets.get(ticket_id)
+    def _failed(self, event: ev.TrainingFailed, at: float) -> list[do.Action]:
+        ticket = self.tickets.get(event.ticket)
         if ticket is None or ticket.phase > Phase.COLLECTING:
             return []
-        del self.tickets[ticket_id]
-        note = do.Record("ticket_failed", {"store": ticket.store, "ticket": ticket_id, "reason": reason})
-        return [note, *self._try_again(ticket, reason, at)]
+        del self.tickets[event.ticket]
+        note = do.Record("ticket_failed", {"store": ticket.store, "ticket": ticket.id, "reason": event.reason})
+        if event.final:
+            self.members[ticket.store].failures = self.policy.max_failures - 1
+        return [note, *self._try_again(ticket, event.reason, at)]
 
     def _try_again(self, ticket: Ticket, reason: str, at: float) -> list[do.Action]:
         """Blame the store; where a version waits for its cohort, it stays in it until it is set aside."""
@@ -248,7 +250,7 @@ class Coordinator:
                 return False
             trust = policy.floor_weight
         worth = 1.0 if policy.weigh == "equal" else float(max(1, ticket.num_train))
-        ticket.weight = worth * max(trust, policy.floor_weight)
+        ticket.worth, ticket.weight = worth, worth * max(trust, policy.floor_weight)
         return True
 
     def _publish(self) -> list[do.Action]:
@@ -261,7 +263,9 @@ class Coordinator:
         there = max(1, sum(m.present and not m.aside for m in self.members.values()))
         contributions = tuple(_contribution(t, total) for t in summed)
         stores = len({t.store for t in summed})
-        self.publishing = do.Publish(self.version + 1, contributions, len(summed), min(1.0, stores / there))
+        self.publishing = do.Publish(
+            self.version + 1, contributions, math.fsum(t.worth for t in summed), min(1.0, stores / there)
+        )
         for ticket in summed:
             del self.tickets[ticket.id]
         return [self.publishing]

@@ -34,6 +34,7 @@ class Ticket:
     seconds: float = 0.0
     loss: float = 0.0
     num_bytes: int = 0
+    worth: float = 0.0  # its weight were it not stale
     weight: float = 0.0
     staleness: int = 0
 

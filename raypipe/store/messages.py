@@ -46,6 +46,7 @@ class Card:
     process: int  # the process id on the node, so that a frozen one can be ended
     data_hashes: dict[str, str]  # data set name -> content hash
     limits: dict[str, float]  # max_examples, max_seconds, max_upload_bytes
+    data_bytes: dict[str, int] = field(default_factory=dict)  # data set name -> bytes on disk
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,70 @@
+"""The global model at the coordinator: its weights, the open sum, the server transform. Nothing else is as large.
+
+Memory: weights + transform state + 2 update vectors (the sum's front and back), for ten stores as for a hundred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from raypipe.aggregation.fold import Accumulator, Weighted
+from raypipe.aggregation.transforms import State, Transform, apply
+from raypipe.errors import UpdateRejected
+from raypipe.types import Layout
+from raypipe.update.codec import decode_chain
+
+
+class GlobalModel:
+    """Folds encoded updates and steps from version to version. Not for two threads at once."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        weights: np.ndarray,
+        transform: Transform,
+        *,
+        how: list[dict[str, Any]],
+        normalise: Literal["sum", "k"],
+        threads: int | None,
+    ) -> None:
+        self.layout = layout
+        self._weights = torch.from_numpy(np.array(weights, dtype=np.float32))
+        self._transform, self._state = transform, transform.init(layout.shared.stop)
+        self._sum = Accumulator(layout, threads=threads)
+        self._how: list[dict[str, Any]] = how
+        self._normalise = normalise
+
+    @property
+    def vector(self) -> np.ndarray:
+        """The newest version's weights, float32 (layout.size,); changes with the next step."""
+        return self._weights.numpy()
+
+    @property
+    def state(self) -> State:
+        """The server transform's state."""
+        return self._state
+
+    def fold(self, portions: Sequence[tuple[np.ndarray, float, int | None]]) -> dict[int, str]:
+        """Add encoded updates (array, weight, steps to normalise by) in order; index -> reason of those refused."""
+        refused: dict[int, str] = {}
+        ready: dict[int, Weighted] = {}
+        for index, (array, weight, steps) in enumerate(portions):
+            try:
+                vector = decode_chain(self._how, array, self.layout.update_size)
+                ready[index] = Weighted(vector, weight, 1.0 / steps if steps else 1.0)
+            except UpdateRejected as error:
+                refused[index] = error.message
+        places = list(ready)
+        for place in self._sum.fold([ready[index] for index in places]):
+            refused[places[place]] = "the update is not finite"
+        return refused
+
+    def step(self, full_weight: float, statistic_mix: float) -> float:
+        """Make the next version of the sum; the norm of the aggregated step."""
+        mean = self._sum.take(normalise=self._normalise, expected=full_weight)
+        apply(self._weights, mean, self.layout, self._transform, self._state, statistic_mix)
+        return mean.norm

@@ -1,0 +1,145 @@
+"""The console command `raypipe`: thin verbs over the rooms. Errors are one line each; exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # before anything imports Ray
+
+from rich.console import Console
+
+from raypipe.errors import RaypipeError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    try:
+        return int(options.run(options, console) or 0)
+    except RaypipeError as error:
+        for line in error.message.splitlines():
+            print(f"raypipe: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("raypipe: stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="raypipe", description=__doc__, allow_abbrev=False)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, run: object, help: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    def configured(sub: argparse.ArgumentParser) -> None:
+        default = Path("configs/quickstart.yaml")
+        sub.add_argument("config", nargs="?", type=Path, default=default, help=f"default: {default}")
+        sub.add_argument("--config", dest="config_option", type=Path, help=argparse.SUPPRESS)
+        sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="train.lr=0.1 ...")
+
+    train = verb("train", _train, "train one model across the stores of a configuration")
+    configured(train)
+    train.add_argument("--address", help="a running Ray cluster, e.g. 10.0.0.1:6379; default: RAY_ADDRESS, else here")
+    check = verb("check", _check, "say what would run where and what it would move; start nothing")
+    configured(check)
+    data = verb("data", _data, "make private store data sets from a sample")
+    configured(data)
+    data.add_argument("--out", type=Path, help="default: $RAYPIPE_STORES, else ~/.raypipe/stores")
+    data.add_argument("--source", help="a folder with the full data set's .gz files, or 'download'; default: bundled sample")
+    versions = verb("versions", _versions, "list a run's versions")
+    versions.add_argument("which", metavar="RUN", help="a run's id, or 'last'")
+    promote = verb("promote", _promote, "register a version and give it an alias")
+    promote.add_argument("which", metavar="RUN")
+    promote.add_argument("version", type=int)
+    promote.add_argument("--as", dest="alias", default="champion")
+    rollback = verb("rollback", _rollback, "give an alias back to the version that had it before")
+    rollback.add_argument("model", metavar="MODEL", help="a registered model's name")
+    rollback.add_argument("--as", dest="alias", default="champion")
+    predict = verb("predict", _predict, "print a label for each image")
+    predict.add_argument("model", metavar="MODEL", help="models:/NAME@champion, RUN, or RUN:VERSION")
+    predict.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
+    track = verb("track", _track, "bring MLflow up to date with a run's record")
+    track.add_argument("which", metavar="RUN")
+    return parser
+
+
+def _train(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.launch import federate
+    from raypipe.run import load_run
+    from raypipe.tracking.console import Screen, show_summary
+
+    config = load_run(options.config_option or options.config, options.set)
+    title = f"{config.name}: {len(config.stores)} stores, {config.model['name']}, {config.pace}"
+    with Screen(console, title, config.stop.max_seconds, config.stop.max_versions) as screen:
+        screen.say(title)
+        summary = federate(config, options.address, screen)
+    show_summary(console, summary, f"raypipe promote {summary['run']} {summary['best_version']} --as champion")
+    return 1 if summary["status"] == "failed" else 0
+
+
+def _check(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.check import report
+    from raypipe.run import load_run
+
+    console.print(report(load_run(options.config_option or options.config, options.set)), highlight=False, markup=False)
+    return 0
+
+
+def _data(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.data.stores import describe_stores
+    from raypipe.launch import make_demo_stores
+    from raypipe.run import load_run
+    from raypipe.store.policy import stores_home
+
+    config = load_run(options.config_option or options.config, options.set)
+    made = make_demo_stores(config, options.out or stores_home(), options.source)
+    console.print(describe_stores(made), highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _versions(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.tracking.book import run_folder
+    from raypipe.tracking.console import versions_table
+    from raypipe.tracking.lineage import list_versions
+
+    console.print(versions_table(list_versions(run_folder(options.which))))
+    return 0
+
+
+def _promote(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.tracking.book import run_folder
+    from raypipe.tracking.registry import promote
+
+    console.print(promote(run_folder(options.which), options.version, options.alias), highlight=False, markup=False)
+    return 0
+
+
+def _rollback(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.tracking.registry import rollback
+
+    console.print(rollback(options.model, options.alias), highlight=False, markup=False)
+    return 0
+
+
+def _predict(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.tracking.registry import predict
+
+    for path, label, probability in predict(options.model, options.images):
+        console.print(f"{path}  {label}  {probability:.1%}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _track(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.tracking.book import run_folder
+    from raypipe.tracking.follow import follow
+
+    console.print(follow(run_folder(options.which)), highlight=False, markup=False)
+    return 0

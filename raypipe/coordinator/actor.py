@@ -1,0 +1,198 @@
+"""The coordinator as a Ray actor: joins the machine, the shell and the stores, and answers who asks how it goes.
+
+It is made by `raypipe.run.compose`, which alone knows all rooms. It lives on the head (or where it was started),
+asks for no CPU, and keeps its run's folder there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from raypipe.config.schema import Store
+from raypipe.coordinator import events as ev
+from raypipe.coordinator.closing import conclude
+from raypipe.coordinator.composition import Composition
+from raypipe.coordinator.loop import drive
+from raypipe.coordinator.shell import Handle
+from raypipe.errors import RunError
+from raypipe.store.actor import StoreClient
+from raypipe.tracking.actor import MlflowFollower
+
+RETRY_S = 5.0
+DRAIN_S = 20.0  # how long the end waits for MLflow
+
+
+class Coordinator:
+    """One run. `compose` builds its parts in this process, from plain configuration."""
+
+    def __init__(self, compose: Callable[..., Composition], config: dict[str, Any], run: str, home: str | None) -> None:
+        self._compose = lambda: compose(config, run, home=home, put=ray.put)
+        self._run = run
+        self._composition: Composition | None = None
+        self._keeping: dict[str, asyncio.Task[None]] = {}
+        self._phase = "starting"
+        self._follower: Any = None
+        self._changed = asyncio.Event()
+        self._summary: dict[str, Any] | None = None
+        self._stop_reason = ""
+
+    async def work(self) -> dict[str, Any]:
+        """The whole run; its summary. Raises RunError when it cannot begin or go on."""
+        made = self._composition = await asyncio.to_thread(self._compose)
+        shell = made.shell
+        await asyncio.to_thread(shell.begin)
+        if made.config.track.mlflow:
+            folder, uri = str(made.folder), made.tracking_uri
+            self._follower = MlflowFollower.options(**_beside_me()).remote(folder, uri, str(made.home))
+        background = [asyncio.create_task(shell.run_lane()), asyncio.create_task(self._tell())]
+        try:
+            for store in made.config.stores:
+                self._keep(store)
+            if made.config.evaluate.central:
+                self._keep(Store(id=made.config.evaluate.central))
+            self._phase = "waiting for stores"
+            finish = await self._race(drive(made.machine, self._perform, shell.inbox, shell.clock), background[0])
+            del finish
+            return await self._close(made)
+        finally:
+            for task in [*background, *self._keeping.values()]:
+                task.cancel()
+
+    async def progress(self, seen: int, timeout_s: float = 1.0) -> dict[str, Any]:
+        """How it goes: returns at once when there are more than `seen` lines, else within `timeout_s`."""
+        if self._composition is None or len(self._composition.board.lines) <= seen:
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+        board = self._composition.board.snapshot() if self._composition else None
+        return {"phase": self._phase, "board": board, "summary": self._summary}
+
+    async def stop(self, reason: str) -> None:
+        """End the run; what was published is kept."""
+        self._stop_reason = reason
+        if self._composition is not None:
+            shell = self._composition.shell
+            shell.inbox.put_nowait(ev.StopAsked(reason, shell.clock()))
+
+    async def join(self, store: dict[str, Any]) -> None:
+        """Take a store into the running federation."""
+        self._keep(Store(**store))
+
+    async def leave(self, store: str) -> None:
+        """Let a store go; what it has contributed stays."""
+        if self._composition is None or store not in self._keeping:
+            raise RunError(f"store {store} is not in this run")
+        self._keeping.pop(store).cancel()
+        shell = self._composition.shell
+        shell.inbox.put_nowait(ev.StoreLeft(store, "its operator took it out", shell.clock()))
+        shell.ports[store].kill()
+
+    # -- inside ---------------------------------------------------------------------------------------------
+
+    async def _perform(self, action: Any) -> ev.Event | None:
+        assert self._composition is not None
+        if self._composition.machine.started_at is not None and self._phase == "waiting for stores":
+            self._phase = "training"
+        event = await self._composition.shell.perform(action)
+        self._changed.set()
+        return event
+
+    def _keep(self, store: Store) -> None:
+        made = self._composition
+        if made is None:
+            raise RunError("the run has not begun yet")
+        if store.id in self._keeping and not self._keeping[store.id].done():
+            raise RunError(f"store {store.id} is in this run already")
+        port = StoreClient(store, self._run, made.epoch, made.code)
+        keeping = made.shell.keep(store.id, port, made.config.pacing.heartbeat_s, RETRY_S)
+        self._keeping[store.id] = asyncio.create_task(keeping)
+
+    async def _race(self, main: Coroutine[Any, Any, None], *others: asyncio.Task[None]) -> None:
+        """Run `main`; an error of another task that should never end is the run's."""
+        running = asyncio.create_task(main)
+        watched = {running, *others, *self._keeping.values()}
+        while not running.done():
+            done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {running}:
+                watched.discard(task)
+                if not task.cancelled() and (error := task.exception()) is not None:
+                    running.cancel()
+                    raise error
+        await running
+
+    async def _tell(self) -> None:
+        while True:
+            await asyncio.sleep(0.5)
+            self._changed.set()
+
+    async def _close(self, made: Composition) -> dict[str, Any]:
+        shell, machine, track = made.shell, made.machine, made.config.track
+        stopped, failed = bool(self._stop_reason), machine.started_at is None
+        best = machine.scores.best[0] if machine.scores.best else machine.version
+        table: list[dict[str, Any]] = []
+        judge = made.config.evaluate.test and not stopped and not failed
+        if not failed:
+            self._phase = "testing the best version, and each store alone"
+            first, last = await asyncio.to_thread(made.read, 0), await asyncio.to_thread(made.read, best)
+            handles: list[Handle] = [ray.put(first), ray.put(last)]
+            ports = {s: p for s, p in shell.ports.items() if s in self._keeping and s != made.config.evaluate.central}
+            kwargs = {"seed": made.config.seed, "epoch": made.epoch, "first": handles[0], "best": handles[1]}
+            table = await conclude(
+                ports, made.board, made.plan, alone=made.config.evaluate.alone, test=judge, **kwargs
+            )
+        reason = made.ending(self._stop_reason)
+        shared = [(r["shared"], r["images"]) for r in table if r["shared"] is not None]
+        test = {made.board.metric: sum(a for a, _ in shared) / len(shared)} if shared else {}
+        final = {"best_version": best, "test": test, "table": table, "reason": reason}
+        await asyncio.to_thread(shell.record, "final", final)
+        status = "failed" if failed else "killed" if stopped else "finished"
+        finished = {"reason": reason, "status": status, "versions": machine.version, "best_version": best}
+        await asyncio.to_thread(shell.record, "run_finished", {**finished, "at": time.time()})
+        self._phase = "handing the record to MLflow"
+        tracked = await self._drain() if track.mlflow else None
+        self._summary = {**final, **finished, "run": self._run, "folder": str(made.folder), "mlflow": tracked}
+        self._phase = "over"
+        return {**self._summary, "board": made.board.snapshot()}
+
+    async def _drain(self) -> dict[str, Any]:
+        """Give MLflow a while; what it lacks is in the journal and follows later."""
+        answer: dict[str, Any] = {"done": False, "where": "", "trouble": ""}
+        try:
+            async with asyncio.timeout(DRAIN_S + 5):
+                answer["done"] = await self._follower.drain.remote(DRAIN_S)
+                answer["where"] = await self._follower.where.remote()
+                answer["trouble"] = await self._follower.trouble.remote()
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            answer["trouble"] = type(error).__name__
+        return answer
+
+
+def _beside_me() -> dict[str, Any]:
+    """Options that place an actor on this actor's node, where the run's folder is."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
+CoordinatorActor = ray.remote(num_cpus=0, max_restarts=0)(Coordinator)
+HEAD = {"node:__internal_head__": 0.001}
+
+
+def on_head() -> dict[str, Any]:
+    """Options that pin the coordinator to the head, whose disk keeps the run."""
+    return {"resources": HEAD} if ray.cluster_resources().get("node:__internal_head__") else {}
+
+
+logging.getLogger("ray").setLevel(logging.ERROR)
+_ = Path

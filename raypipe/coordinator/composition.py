@@ -1,0 +1,37 @@
+"""The parts of one run, put together; `raypipe.run.compose` makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from raypipe.config.schema import RunConfig
+from raypipe.coordinator.board import Board
+from raypipe.coordinator.machine import Coordinator
+from raypipe.coordinator.shell import Shell
+from raypipe.store.messages import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """What the coordinator's actor runs."""
+
+    config: RunConfig
+    machine: Coordinator
+    shell: Shell
+    board: Board
+    plan: Plan
+    home: Path
+    folder: Path
+    tracking_uri: str | None
+    epoch: int
+    code: str
+    read: Callable[[int], np.ndarray]  # a kept version's flat vector
+
+    def ending(self, stop_reason: str) -> str:
+        """Why the run ended, in a few words."""
+        ending = self.machine.ending
+        return stop_reason or (ending[0] if ending else "")

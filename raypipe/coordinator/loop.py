@@ -1,0 +1,55 @@
+"""The one loop: an event in, actions out, each performed by the shell, which answers with an event."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable
+
+from raypipe.coordinator.actions import Action
+from raypipe.coordinator.events import Event, Tick
+from raypipe.coordinator.machine import Coordinator
+
+
+async def drive(
+    machine: Coordinator,
+    perform: Callable[[Action], Awaitable[Event | None]],
+    inbox: asyncio.Queue[Event],
+    clock: Callable[[], float],
+) -> None:
+    """Run the machine to its end.
+
+    Actions start in the order in which the machine names them. An effect that raises ends the run with that
+    error. At the end what is in flight is cancelled, never waited for: a hung ticket has no end.
+    """
+
+    async def outcome(action: Action) -> None:
+        if (event := await perform(action)) is not None:
+            inbox.put_nowait(event)
+
+    in_flight: set[asyncio.Task[None]] = set()
+    try:
+        async with asyncio.TaskGroup() as group:
+            while not machine.finished:
+                for action in machine.handle(await _next(inbox, machine.wake_at(), clock)):
+                    task = group.create_task(outcome(action))
+                    in_flight.add(task)
+                    task.add_done_callback(in_flight.discard)
+            for task in in_flight:
+                task.cancel()
+    except BaseExceptionGroup as group_error:
+        if len(group_error.exceptions) == 1:  # one cause: let it be seen as itself
+            raise group_error.exceptions[0] from None
+        raise
+
+
+async def _next(inbox: asyncio.Queue[Event], wake_at: float, clock: Callable[[], float]) -> Event:
+    """The next event, or a Tick at `wake_at`."""
+    if not inbox.empty():
+        return inbox.get_nowait()
+    wait = None if math.isinf(wake_at) else max(0.0, wake_at - clock())
+    try:
+        async with asyncio.timeout(wait):
+            return await inbox.get()
+    except TimeoutError:
+        return Tick(max(clock(), wake_at))

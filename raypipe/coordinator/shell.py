@@ -1,0 +1,339 @@
+"""The shell: performs one action, returns one event. It knows stores by a port, weights by a handle.
+
+Arithmetic and the record share one lane, a thread that does one thing at a time in the order in which the machine
+named it: so a sum never sees an update twice, and the journal reads in the order in which things became true. Folds
+that wait together are folded together, block by block. A version is durable (weights, then its record) before
+its Published event, and nobody is told of it earlier.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from raypipe.coordinator import actions as do
+from raypipe.coordinator import events as ev
+from raypipe.coordinator.board import Board
+from raypipe.errors import ConfigError, StoreError, StoreRefused
+from raypipe.store import messages as msg
+from raypipe.tasks.metrics import metrics
+from raypipe.types import Layout
+
+PATIENCE_S = 20.0  # before a store that does not come is spoken of
+Handle: TypeAlias = Any  # a version's weights as stores can fetch them
+
+
+class Port(Protocol):
+    """One store, wherever it is; see store/messages.py."""
+
+    async def join(self) -> msg.Card: ...
+    def waiting_for(self, waited_s: float) -> str: ...
+    async def train(self, ticket: msg.Ticket, plan: bytes, weights: Handle) -> msg.Report: ...
+    async def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray: ...
+    async def evaluate(self, plan: bytes, weights: Handle, split: str) -> msg.Evaluation: ...
+    def settle(self, verdict: msg.Verdict) -> None: ...
+    def control(self, ticket: str, command: msg.Command) -> None: ...
+    async def watch(self, heartbeat_s: float) -> tuple[bool, str]: ...
+    def kill(self) -> None: ...
+
+
+class Model(Protocol):
+    """The global model; see aggregation/global_model.py."""
+
+    layout: Layout
+
+    @property
+    def vector(self) -> np.ndarray: ...
+    def fold(self, portions: Sequence[tuple[np.ndarray, float, int | None]]) -> dict[int, str]: ...
+    def step(self, full_weight: float, statistic_mix: float) -> float: ...
+
+
+class Book(Protocol):
+    """The durable record; see tracking/."""
+
+    def record(self, kind: str, body: Mapping[str, Any]) -> None: ...
+    def keep(self, version: int, vector: np.ndarray, layout: Layout) -> tuple[str, str, int]: ...
+    def prune(self, newest: int, best: int | None) -> None: ...
+
+
+class Shell:
+    """Effects of one run. `put` makes a version fetchable and is called once a version."""
+
+    def __init__(
+        self,
+        *,
+        run: str,
+        seed: int,
+        epoch: int,
+        plan: msg.Plan,
+        how: list[msg.Part],
+        max_epochs: float | None,
+        max_steps: int | None,
+        model: Model,
+        book: Book,
+        board: Board,
+        put: Callable[[np.ndarray], Handle],
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:
+        self.inbox: asyncio.Queue[ev.Event] = asyncio.Queue()
+        self.ports: dict[str, Port] = {}
+        self.model, self.book, self.board, self.put = model, book, board, put
+        self.clock, self.wall = clock, wall
+        self.plan = msg.encode(plan)
+        self._run, self._seed, self._epoch, self._how = run, seed, epoch, how
+        self._max_epochs, self._max_steps = max_epochs, max_steps
+        self._handles: dict[int, Handle] = {}
+        self._holds: Counter[int] = Counter()  # tickets in flight on each version
+        self._sent: set[tuple[int, str]] = set()
+        self._updates: dict[str, np.ndarray] = {}
+        self._lane: asyncio.Queue[tuple[do.Action, asyncio.Future[Any]]] = asyncio.Queue()
+        self._arithmetic = ThreadPoolExecutor(1, thread_name_prefix="arithmetic")
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
+        self._bytes_down = self._bytes_total = 0
+        self._started = self._published = wall()
+
+    async def perform(self, action: do.Action) -> ev.Event | None:
+        """The effect of an action; None where nothing is answered."""
+        match action:
+            case do.Train():
+                return await self._train(action)
+            case do.Collect():
+                return await self._collect(action)
+            case do.Fold() | do.Publish() | do.Record():
+                return await self._in_lane(action)
+            case do.Evaluate():
+                return await self._evaluate(action)
+            case do.Settle():
+                self._updates.pop(action.ticket, None)
+                self.ports[action.store].settle(msg.Verdict(action.ticket, action.version, action.reason))
+            case do.Cancel():
+                self.ports[action.store].control(action.ticket, "stop")
+            case do.Restart():
+                self.ports[action.store].kill()
+            case do.Finish():
+                pass
+        return None
+
+    # -- stores ---------------------------------------------------------------------------------------------
+
+    async def keep(self, store: str, port: Port, heartbeat_s: float, retry_s: float) -> None:
+        """Have a store in the run for as long as the run lasts: join, watch, and take it in again when it returns."""
+        self.ports[store], said = port, ""
+        while True:
+            try:
+                card = await self._joined(store, port)
+            except StoreError as error:
+                kind = "store_set_aside" if isinstance(error, StoreRefused) else "store_missing"
+                if said != error.message:
+                    await self._in_lane(do.Record(kind, {"store": store, "reason": error.message}))
+                said = error.message
+                await asyncio.sleep(retry_s)
+                continue
+            counts = card.data.get(self._data, {})
+            body = {"store": store, "counts": counts, "cpus": card.cpus, "gpu": card.gpu, "node": card.node}
+            body |= {"data_bytes": card.data_bytes.get(self._data, 0), "hash": card.data_hashes.get(self._data)}
+            await self._in_lane(do.Record("store_joined", body))
+            self.inbox.put_nowait(ev.StoreJoined(store, counts.get("train", 0), self.clock()))
+            silent, why = await port.watch(heartbeat_s)
+            event = ev.StoreHung if silent else ev.StoreLeft
+            self.inbox.put_nowait(event(store, why, self.clock()))
+            if silent:
+                await asyncio.sleep(retry_s)  # the machine has its process ended
+
+    async def _joined(self, store: str, port: Port) -> msg.Card:
+        """The store's card; who waits long is told what for."""
+        joining = asyncio.ensure_future(port.join())
+        try:
+            await asyncio.wait({joining}, timeout=PATIENCE_S)
+            if not joining.done():
+                reason = port.waiting_for(PATIENCE_S)
+                await self._in_lane(do.Record("store_missing", {"store": store, "reason": reason}))
+            return await joining
+        finally:
+            joining.cancel()
+
+    @property
+    def _data(self) -> str:
+        return msg.expect(msg.Plan, self.plan).data
+
+    # -- tickets --------------------------------------------------------------------------------------------
+
+    async def _train(self, action: do.Train) -> ev.Event:
+        self.board.training(action.store, action.version)
+        ticket = msg.Ticket(
+            id=action.ticket,
+            store=action.store,
+            epoch=self._epoch,
+            version=action.version,
+            seed=ticket_seed(self._seed, action.store, action.version),
+            progress=action.progress,
+            budget_s=action.budget_s,
+            max_steps=min((n for n in (action.max_steps, self._max_steps) if n is not None), default=None),
+            max_epochs=self._max_epochs,
+            evaluate="validation" if action.evaluate else None,
+        )
+        self._count_down(action.version, action.store)
+        self._holds[action.version] += 1
+        try:
+            report = await self.ports[action.store].train(ticket, self.plan, self._handles[action.version])
+        except StoreError as error:
+            final = isinstance(error, StoreRefused)
+            return ev.TrainingFailed(action.ticket, _bare(error, action.store), self.clock(), final)
+        finally:
+            self._release(action.version)
+            self.board.ready(action.store)
+        if report.evaluation is not None:
+            self.inbox.put_nowait(self._judged(action.version, report.evaluation))
+        return ev.Trained(
+            report.ticket, report.steps, report.examples, report.num_train, report.seconds, report.loss, self.clock()
+        )
+
+    async def _collect(self, action: do.Collect) -> ev.Event:
+        try:
+            update = await self.ports[action.store].collect(action.ticket, self._how)
+        except StoreError as error:
+            return ev.TrainingFailed(action.ticket, _bare(error, action.store), self.clock())
+        self._updates[action.ticket] = update
+        self._bytes_total += update.nbytes
+        return ev.UpdateArrived(action.ticket, update.nbytes, self.clock())
+
+    async def _evaluate(self, action: do.Evaluate) -> ev.Event:
+        self._count_down(action.version, action.store)
+        self._holds[action.version] += 1
+        try:
+            port, handle = self.ports[action.store], self._handles[action.version]
+            return self._judged(action.version, await port.evaluate(self.plan, handle, "validation"))
+        except StoreError:
+            return ev.EvaluationFailed(action.version, action.store, self.clock())
+        finally:
+            self._release(action.version)
+
+    def _judged(self, version: int, evaluation: msg.Evaluation) -> ev.Event:
+        if not evaluation.num_examples:
+            return ev.EvaluationFailed(version, evaluation.store, self.clock())
+        values = metrics(evaluation.sums, evaluation.num_examples)
+        return ev.Evaluated(version, evaluation.store, values, evaluation.num_examples, self.clock())
+
+    def _count_down(self, version: int, store: str) -> None:
+        if (version, store) not in self._sent:
+            self._sent.add((version, store))
+            self._bytes_down += self.model.vector.nbytes
+            self._bytes_total += self.model.vector.nbytes
+
+    def _release(self, version: int) -> None:
+        """The weights leave the object store when the last ticket on them ended and a newer version is there."""
+        self._holds[version] -= 1
+        for old in [v for v in self._handles if v < max(self._handles) and self._holds[v] <= 0]:
+            del self._handles[old]
+
+    # -- the lane -------------------------------------------------------------------------------------------
+
+    async def _in_lane(self, action: do.Action) -> ev.Event | None:
+        answer: asyncio.Future[ev.Event | None] = asyncio.get_running_loop().create_future()
+        self._lane.put_nowait((action, answer))
+        return await answer
+
+    async def run_lane(self) -> None:
+        """Work the lane off until cancelled; consecutive folds are taken together."""
+        loop = asyncio.get_running_loop()
+        waiting: deque[tuple[do.Action, asyncio.Future[Any]]] = deque()
+        while True:
+            waiting.append(await self._lane.get())
+            while not self._lane.empty():
+                waiting.append(self._lane.get_nowait())
+            while waiting:
+                jobs = [waiting.popleft()]
+                while isinstance(jobs[0][0], do.Fold) and waiting and isinstance(waiting[0][0], do.Fold):
+                    jobs.append(waiting.popleft())
+                try:
+                    answers = await loop.run_in_executor(self._arithmetic, self._work, [action for action, _ in jobs])
+                except BaseException as error:
+                    for _, future in jobs:
+                        if not future.done():
+                            future.set_exception(error)
+                    raise
+                for (_, future), answer in zip(jobs, answers, strict=True):
+                    if not future.done():
+                        future.set_result(answer)
+
+    def _work(self, actions: Sequence[do.Action]) -> list[ev.Event | None]:
+        """In the lane's thread."""
+        first = actions[0]
+        if isinstance(first, do.Fold):
+            return self._fold([a for a in actions if isinstance(a, do.Fold)])
+        if isinstance(first, do.Publish):
+            return [self._publish(first)]
+        assert isinstance(first, do.Record)
+        self.record(first.kind, first.body)
+        return [None]
+
+    def _fold(self, folds: Sequence[do.Fold]) -> list[ev.Event | None]:
+        portions = [portion for fold in folds for portion in fold.portions]
+        arrays = [self._updates.pop(p.ticket) for p in portions]
+        refused = self.model.fold([(a, p.weight, p.steps) for a, p in zip(arrays, portions, strict=True)])
+        reasons = {portions[index].ticket: reason for index, reason in refused.items()}
+        at = self.clock()
+        answers: list[ev.Event | None] = []
+        for fold in folds:
+            good = tuple(p.ticket for p in fold.portions if p.ticket not in reasons)
+            bad = tuple((p.ticket, reasons[p.ticket]) for p in fold.portions if p.ticket in reasons)
+            answers.append(ev.Folded(good, bad, at))
+        return answers
+
+    def _publish(self, action: do.Publish) -> ev.Event:
+        """Step, then write and hand out side by side; the record is the last word."""
+        norm = self.model.step(action.full_weight, action.statistic_mix)
+        fetchable = self._beside.submit(self.put, self.model.vector)
+        file, digest, num_bytes = self.book.keep(action.version, self.model.vector, self.model.layout)
+        now = self.wall()
+        body = {
+            "version": action.version,
+            "parent": action.version - 1,
+            "hash": digest,
+            "file": file,
+            "num_bytes": num_bytes,
+            "at": now,
+            "elapsed_s": now - self._started,
+            "seconds": now - self._published,
+            "contributions": [asdict(c) for c in action.contributions],
+            "bytes_up": sum(c.bytes_up for c in action.contributions),
+            "bytes_down": self._bytes_down,
+            "bytes_total": self._bytes_total,
+            "step_norm": norm,
+        }
+        self._bytes_down, self._published = 0, now
+        self.record("version_published", body)
+        self.book.prune(action.version, self.board.best[0] if self.board.best else None)
+        self._handles[action.version] = fetchable.result()
+        return ev.Published(action.version, self.clock())
+
+    def record(self, kind: str, body: Mapping[str, Any]) -> None:
+        """Write a fact down, then let it be seen. In the lane's thread, or before the lane runs."""
+        self.book.record(kind, body)
+        self.board.add(kind, body)
+
+    def begin(self) -> None:
+        """Version 0: durable and fetchable."""
+        file, digest, num_bytes = self.book.keep(0, self.model.vector, self.model.layout)
+        self._started = self._published = now = self.wall()
+        facts = {"version": 0, "parent": None, "hash": digest, "file": file, "num_bytes": num_bytes, "at": now}
+        nothing = {"elapsed_s": 0.0, "seconds": 0.0, "contributions": [], "bytes_up": 0, "bytes_down": 0}
+        self.record("version_published", {**facts, **nothing, "bytes_total": 0, "step_norm": 0.0})
+        self._handles[0] = self.put(self.model.vector)
+
+
+def ticket_seed(seed: int, store: str, version: int) -> int:
+    """Of the run's seed, the store and the base version: a ticket tried again is the same work again."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{store}/{version}".encode()).digest()[:7], "little")
+
+
+def _bare(error: StoreError | ConfigError, store: str) -> str:
+    return error.message.removeprefix(f"store {store}: ")

@@ -1,0 +1,65 @@
+"""What a trainer sees of a store's data set, whatever format lies underneath.
+
+A reader is a function `(folder, name) -> StoreData`. A user's own comes in by package entry point in the group
+`raypipe.reader`; `decode.decode_images` does the image part for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raypipe.errors import ConfigError
+from raypipe.registry import Registry
+
+Pixels: TypeAlias = NDArray[np.uint8]
+Labels: TypeAlias = NDArray[np.int64]
+Mask: TypeAlias = NDArray[np.bool_]
+
+
+class ImageSplit(Protocol):
+    """One split of a data set: labelled images that are decoded when asked for."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def labels(self) -> Labels:
+        """(N,), in the order of the images."""
+
+    def decode(
+        self, indices: NDArray[np.integer], *, size: int, channels: int, threads: int = 1
+    ) -> tuple[Pixels, Mask]:
+        """(n, channels, size, size), contiguous, RGB; and (n,), False where an image is broken and its row zero."""
+
+
+class StoreData(Protocol):
+    """A data set at a store. Nothing here but counts and the hash may leave the store."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Images of each split that there is."""
+
+    @property
+    def content_hash(self) -> str:
+        """Of all splits' images and labels in order; equal data, equal hash."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names by label."""
+
+    def split(self, name: str) -> ImageSplit:
+        """Raises StoreRefused if there is none of this name, or nothing to train on."""
+
+
+readers: Registry[StoreData] = Registry("reader", modules=("raypipe.data.parquet",))
+
+
+def open_data(folder: Path, *, name: str, reader: str = "parquet") -> StoreData:
+    """The data set in a store's folder. Errors (ConfigError) know it by name, since a path may not leave the store."""
+    if not folder.is_dir():
+        raise ConfigError(f"data set {name!r} has no folder where the store's policy says")
+    return readers.build({"name": reader}, folder, name)

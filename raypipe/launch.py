@@ -1,0 +1,138 @@
+"""Start a run and watch it: on the cluster that is there, or on Ray on this machine alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from raypipe.config.load import to_dict
+from raypipe.config.schema import RunConfig
+from raypipe.data.sample import download_full, load_full, load_sample
+from raypipe.data.stores import StoreSummary, make_stores
+from raypipe.errors import ConfigError, RaypipeError, RunError
+from raypipe.run import compose, new_run_id
+from raypipe.tracking.book import raypipe_home
+from raypipe.tracking.console import Screen
+
+GIVE_UP_S = 30.0  # after a second Ctrl-C, or when the coordinator does not answer
+
+
+def federate(config: RunConfig, address: str | None, screen: Screen) -> dict[str, Any]:
+    """A whole run; its summary. Ctrl-C (or `ray job stop`) ends it cleanly: what was published is kept.
+
+    Raises RaypipeError. `address`: a Ray address; None: RAY_ADDRESS if set, else this machine alone.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    from raypipe.placement import actor as cluster
+
+    run = new_run_id(config.name, time.time())
+    if address:
+        cluster.connect(address)
+        home = None
+    else:
+        home = str(raypipe_home())
+        _start_here(config)
+    try:
+        return _watch(config, run, home, screen)
+    finally:
+        cluster.shut_down()
+
+
+def _start_here(config: RunConfig) -> None:
+    """Private data sets for each store and Ray, side by side."""
+    from raypipe.placement import actor as cluster
+
+    if config.local is None:
+        raise ConfigError("local: missing; it says what data to make here. Or name a cluster: --address HOST:PORT")
+    stores = raypipe_home() / "demo" / config.name
+    os.environ["RAYPIPE_STORES"] = str(stores)
+    ids = [store.id for store in config.stores]
+    central = [config.evaluate.central] if config.evaluate.central else []
+    with ThreadPoolExecutor(1) as beside:
+        data = beside.submit(make_demo_stores, config, stores)
+        cluster.start_local([*ids, *central], sum(store.cpus for store in config.stores), 64 * 2**20)
+        data.result()
+
+
+def make_demo_stores(config: RunConfig, out: Path, source: str | None = None) -> list[StoreSummary]:
+    """Private data sets as `local:` says; quick when they are there already.
+
+    `source`: None for the bundled sample, else a folder with the full data set, or `download`.
+    """
+    if config.local is None:
+        raise ConfigError("local: missing; it says what data sets to make")
+    if source is None:
+        images = load_sample(config.local.sample)
+    else:
+        images = download_full(raypipe_home() / "data") if source == "download" else load_full(Path(source))
+    return make_stores(
+        out,
+        [store.id for store in config.stores],
+        source=images,
+        split=config.local.split,
+        size_ratio=config.local.size_ratio,
+        camera_shift=config.local.camera_shift,
+        seed=config.seed,
+        max_images=config.local.max_images,
+        data_name=config.data,
+    )
+
+
+def _watch(config: RunConfig, run: str, home: str | None, screen: Screen) -> dict[str, Any]:
+    import ray
+
+    from raypipe.coordinator.actor import CoordinatorActor, on_head
+    from raypipe.placement.actor import NAMESPACE
+
+    options = {"name": f"coordinator/{run}", "namespace": NAMESPACE, **on_head()}
+    actor = CoordinatorActor.options(**options).remote(compose, to_dict(config), run, home)  # type: ignore[attr-defined]
+    work = actor.work.remote()
+    stop = _StopKey(lambda: actor.stop.remote("stopped by hand"))
+    try:
+        with stop:
+            while not ray.wait([work], timeout=0)[0]:
+                stop.check()
+                state = ray.get(actor.progress.remote(0, 0.3), timeout=GIVE_UP_S)
+                screen.update(state["phase"], state["board"])
+            summary: dict[str, Any] = ray.get(work)
+            return summary
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RaypipeError):
+            raise error.cause from None
+        raise
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        raise RunError(f"the coordinator ended ({type(error).__name__}); the record so far: raypipe versions {run}") from None
+
+
+class _StopKey:
+    """The first Ctrl-C or SIGTERM asks for a clean end, a second one ends at once."""
+
+    def __init__(self, ask: Any) -> None:
+        self._ask, self._asked_at = ask, 0.0
+        self._pressed = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopKey:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _press(self, number: int, frame: FrameType | None) -> None:
+        self._pressed += 1
+
+    def check(self) -> None:
+        """In the main loop. Raises RunError when the end takes too long or is asked for twice."""
+        if self._pressed and not self._asked_at:
+            self._asked_at = time.monotonic()
+            self._ask()
+        if self._pressed > 1 or (self._asked_at and time.monotonic() > self._asked_at + GIVE_UP_S):
+            raise RunError("stopped at once; what was published is kept")

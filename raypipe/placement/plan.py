@@ -1,0 +1,34 @@
+"""Stores onto nodes, as plain data: resources pin, labels describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SHARE = 0.001  # of the store's resource: it pins, and leaves room for other federations on the same store
+
+
+def resource(store: str) -> str:
+    """The custom resource that only this store's node offers."""
+    return f"store:{store}"
+
+
+def store_options(store: str, cpus: float, gpus: float) -> dict[str, Any]:
+    """Ray actor options that put a store on its own node and nowhere else; without that node it pends."""
+    return {"num_cpus": cpus, "num_gpus": gpus, "resources": {resource(store): SHARE}}
+
+
+def local_resources(stores: Sequence[str]) -> dict[str, float]:
+    """Custom resources of one machine that plays every store's node."""
+    return {resource(store): 1.0 for store in stores}
+
+
+def missing(stores: Sequence[str], offered: Mapping[str, float]) -> list[str]:
+    """Stores whose resource no live node offers."""
+    return [store for store in stores if not offered.get(resource(store))]
+
+
+def missing_advice(store: str, waited_s: float) -> str:
+    """Which node is missing, for how long, what to do: one line."""
+    start = f"ray start --address=<head>:6379 --resources='{{\"{resource(store)}\": 1}}'"
+    return f"store {store}: no node offers {resource(store)} (for {waited_s:.0f} s); on its node run: {start}"

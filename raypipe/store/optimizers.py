@@ -1,0 +1,58 @@
+"""Local optimizers. Each is given all shared weights as one flat parameter, so that a step is one pass over memory.
+
+A user's own comes in by the entry point group `raypipe.optimizer`: any function from a parameter to a torch optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+from pydantic import Field
+
+from raypipe.errors import ConfigError
+from raypipe.registry import Registry
+
+if TYPE_CHECKING:
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+else:  # settings are checked from signatures without torch
+    Parameter: TypeAlias = Any
+    Optimizer: TypeAlias = Any
+
+Make: TypeAlias = Callable[[Parameter], Optimizer]
+Share: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+NotNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+optimizers: Registry[Make] = Registry("optimizer", modules=("raypipe.store.optimizers",))
+
+
+@optimizers("sgd")
+def sgd(*, momentum: Share = 0.0, weight_decay: NotNegative = 0.0, nesterov: bool = False) -> Make:
+    """Plain by default: its bits are those of a plain PyTorch loop."""
+    if nesterov and momentum == 0:
+        raise ConfigError("sgd: nesterov needs a momentum above 0")
+
+    def make(weights: Parameter) -> Optimizer:
+        from torch.optim import SGD
+
+        return SGD([weights], lr=0.0, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, foreach=False)
+
+    return make
+
+
+@optimizers("adamw")
+def adamw(
+    *,
+    betas: tuple[Share, Share] = (0.9, 0.999),
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8,
+    weight_decay: NotNegative = 0.01,
+) -> Make:
+    """Decoupled weight decay. Loshchilov & Hutter 2017, arXiv:1711.05101."""
+
+    def make(weights: Parameter) -> Optimizer:
+        from torch.optim import AdamW
+
+        return AdamW([weights], lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+    return make

@@ -1,0 +1,91 @@
+"""What a store builds once and keeps: opened data sets, decoded images, models bound to their vectors."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from raypipe.data.dataset import StoreData, open_data
+from raypipe.errors import StoreRefused
+from raypipe.models import models
+from raypipe.models.flat import FlatModel, layout_of
+from raypipe.store.batches import Images, numbered
+from raypipe.store.messages import Plan
+from raypipe.store.policy import Policy
+from raypipe.tasks import Task, tasks
+
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+
+MODELS = 4  # built models that are kept
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """A model on its flat vector and the task that it learns."""
+
+    model: FlatModel
+    task: Task
+
+
+class Shelf:
+    """`cache_bytes` of decoded images are kept for each data set; what is beyond is decoded for each batch."""
+
+    def __init__(self, policy: Policy, device: torch.device, *, threads: int, cache_bytes: int) -> None:
+        self._policy, self._device, self._threads, self._cache_bytes = policy, device, threads, cache_bytes
+        self._data: dict[str, StoreData] = {}
+        self._images: dict[tuple[Any, ...], Images] = {}
+        self._learners: OrderedDict[str, Learner] = OrderedDict()
+
+    def data(self, name: str) -> StoreData:
+        """A data set that the policy offers. Raises ConfigError when it cannot be read."""
+        if name not in self._data:
+            offered = self._policy.data[name]
+            self._data[name] = open_data(offered.folder, name=name, reader=offered.reader)
+        return self._data[name]
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes of a data set on the store's disk."""
+        return sum(file.stat().st_size for file in self._policy.data[name].folder.rglob("*") if file.is_file())
+
+    def images(self, plan: Plan, task: Task, split: str) -> Images:
+        """Raises StoreRefused: no such split, an empty one, too many broken images, labels that are not the task's."""
+        key = (plan.data, split, task.channels, task.image_size, task.num_outputs, task.classes)
+        if key not in self._images:
+            data = self.data(plan.data)
+            what = f"split {split!r} of data set {plan.data!r}"
+            opened = data.split(split)
+            labels = numbered(opened.labels, data.classes, task, what)
+            room = self._cache_bytes - sum(i.num_bytes for k, i in self._images.items() if k[0] == plan.data)
+            self._images[key] = Images(opened, labels, task, what=what, max_bytes=room, threads=self._threads)
+        images = self._images[key]
+        images.check(self.max_bad_share(plan))
+        return images
+
+    def max_bad_share(self, plan: Plan) -> float:
+        """The stricter of the plan and the policy."""
+        return min(plan.max_bad_share, self._policy.max_bad_share)
+
+    def learner(self, plan: Plan, weights: Array) -> Learner:
+        """The plan's model, not yet loaded. Raises StoreRefused when `weights` are not of its layout."""
+        # Its weights come with each ticket: a store never fetches pretrained ones.
+        spec = {key: value for key, value in plan.model.items() if key != "pretrained"}
+        key = json.dumps([plan.task, spec], sort_keys=True)
+        if key not in self._learners:
+            task = tasks.build(plan.task)
+            module: nn.Module = models.build(spec, task.num_outputs, task.channels, task.image_size)
+            self._learners[key] = Learner(FlatModel(module, layout_of(module), device=self._device), task)
+            if len(self._learners) > MODELS:
+                self._learners.popitem(last=False)
+        self._learners.move_to_end(key)
+        layout = self._learners[key].model.layout
+        if plan.layout != layout.fingerprint:
+            raise StoreRefused("the model built here has another layout than the plan's: the code differs")
+        if weights.shape != (layout.size,) or weights.dtype != np.float32:
+            raise StoreRefused(f"weights are {weights.dtype} of shape {weights.shape}, not float32 ({layout.size},)")
+        return self._learners[key]

@@ -1,0 +1,246 @@
+"""The training loop of a store, and its evaluation.
+
+A ticket ends at the first of its limits. Clock, flags and the seed come in, so that a ticket done again gives the
+same bits (on a CPU), and nothing in the loop waits for the device: losses stay tensors until they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from threading import Event
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from raypipe.errors import StoreRefused
+from raypipe.models.flat import FlatModel
+from raypipe.store.batches import Images, batches_per_epoch, in_order, shuffled
+from raypipe.store.messages import Command
+from raypipe.store.policy import Limits
+from raypipe.store.schedules import Schedule
+from raypipe.tasks import Task
+
+Stopped: TypeAlias = Literal["done", "budget", "control"]
+Clock: TypeAlias = Callable[[], float]
+CHECK_EVERY = 32  # steps between looks at whether the losses are finite: each look waits for a GPU
+EVALUATION_BATCH = 256
+
+
+class Control:
+    """Flags that another thread sets while a ticket trains; looked at between batches."""
+
+    def __init__(self) -> None:
+        self._stop = Event()
+        self._go = Event()
+        self._go.set()
+
+    def give(self, command: Command) -> None:
+        if command == "pause":
+            self._go.clear()
+            return
+        if command == "stop":
+            self._stop.set()
+        self._go.set()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop.is_set()
+
+    def sleep(self, seconds: float) -> None:
+        """Until then, or until told to stop."""
+        self._stop.wait(seconds)
+
+    def wait_while_paused(self, seconds: float | None) -> None:
+        """At most so long: a pause does not lengthen a ticket's time."""
+        self._go.wait(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A ticket's numbers: `progress` is the run's at the ticket's start and end."""
+
+    seed: int
+    lr: float
+    schedule: Schedule
+    progress: tuple[float, float]
+    limits: Limits
+    slowdown: float = 1.0  # after each batch sleeps so long that it took this many times longer
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a ticket came to; `loss` is the mean over the images seen."""
+
+    steps: int
+    examples: int
+    seconds: float
+    loss: float
+    stopped: Stopped
+
+
+def train(
+    model: FlatModel, task: Task, images: Images, optimizer: Optimizer, work: Work, control: Control, clock: Clock
+) -> Outcome:
+    """Train the model, already loaded, in place; at least one step. Raises StoreRefused."""
+    limits, smallest = work.limits, _smallest_batch(model, images, work.limits.batch_size)
+    num_steps = _num_steps(limits, images.num, smallest)
+    picks = shuffled(images.num, limits.batch_size, smallest, np.random.default_rng(work.seed))
+    losses, steps = Losses(model.device), 0
+    stopped: Stopped | None = None
+    with (
+        _seeded(work.seed, model.device),
+        closing(images.batches(picks, model.device, limits.max_bad_share)) as stream,
+    ):
+        model.train()
+        start = began = clock()
+        for pixels, labels in stream:
+            if len(labels) < smallest:  # its images cannot be read
+                continue
+            _set_lr(optimizer, work.lr * work.schedule(_progress(work, steps, num_steps, began - start)))
+            losses.add(_step(model, task, optimizer, pixels, labels), len(labels))
+            steps += 1
+            if work.slowdown > 1:
+                control.sleep((work.slowdown - 1) * (clock() - began))
+            control.wait_while_paused(_left(limits, clock() - start))
+            began = clock()
+            if stopped := _ended(steps, num_steps, _left(limits, began - start), control):
+                break
+        mean = losses.mean()
+        seconds = clock() - start
+    return Outcome(steps, losses.examples, seconds, mean, stopped or "done")
+
+
+def _left(limits: Limits, elapsed: float) -> float | None:
+    return None if limits.budget_s is None else limits.budget_s - elapsed
+
+
+def evaluate(
+    model: FlatModel, task: Task, images: Images, control: Control, max_bad_share: float
+) -> tuple[dict[str, float], int] | None:
+    """Sums by metric over the split and the number of images; None if told to stop."""
+    sums: dict[str, Tensor] = {}
+    num = 0
+    model.eval()
+    picks = in_order(images.num, EVALUATION_BATCH)
+    with torch.inference_mode(), closing(images.batches(picks, model.device, max_bad_share)) as stream:
+        for pixels, labels in stream:
+            if control.stopped:
+                return None
+            if not len(labels):
+                continue
+            with _autocast(model.device):
+                outputs = model.module(_prepared(task, pixels))
+            for name, value in task.sums(outputs.float(), labels).items():
+                sums[name] = sums[name] + value.double() if name in sums else value.double()
+            num += len(labels)
+    return {name: float(value) for name, value in sums.items()}, num
+
+
+class Losses:
+    """Losses of a ticket, kept on the device and looked at now and then, and how far the device may lag behind."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.examples = 0
+        self._steps = 0
+        self._sum = 0.0
+        self._new: list[tuple[Tensor, int]] = []
+        self._behind: deque[torch.cuda.Event] | None = deque() if device.type == "cuda" else None
+
+    def add(self, loss: Tensor, num: int) -> None:
+        self._new.append((loss, num))
+        self.examples += num
+        if len(self._new) >= CHECK_EVERY:
+            self._look()
+        if self._behind is not None:  # two batches: enough to keep a GPU busy, few enough for budgets to hold
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._behind.append(event)
+            if len(self._behind) > 2:
+                self._behind.popleft().synchronize()
+
+    def mean(self) -> float:
+        """Over the images. Raises StoreRefused when a loss was not finite."""
+        self._look()
+        return self._sum / max(1, self.examples)
+
+    def _look(self) -> None:
+        if not self._new:
+            return
+        values = torch.stack([loss for loss, _ in self._new]).double().cpu().numpy()
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            raise StoreRefused(f"the loss is not finite at step {self._steps + int(bad[0]) + 1}; lower lr")
+        self._sum += float(values @ np.array([num for _, num in self._new], np.float64))
+        self._steps += len(self._new)
+        self._new.clear()
+
+
+def _step(model: FlatModel, task: Task, optimizer: Optimizer, pixels: Tensor, labels: Tensor) -> Tensor:
+    model.clear()
+    with _autocast(model.device):
+        outputs = model.module(_prepared(task, pixels))
+    loss = task.loss(outputs.float(), labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    model.gather()
+    optimizer.step()
+    return loss.detach()
+
+
+def _prepared(task: Task, pixels: Tensor) -> Tensor:
+    inputs = task.prepare(pixels)
+    return inputs if inputs.device.type == "cpu" else inputs.contiguous(memory_format=torch.channels_last)
+
+
+def _autocast(device: torch.device) -> AbstractContextManager[object]:
+    return nullcontext() if device.type == "cpu" else torch.autocast(device.type, torch.bfloat16)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Dropout by the ticket's seed; the process's own random state untouched."""
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _set_lr(optimizer: Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _smallest_batch(model: FlatModel, images: Images, batch_size: int) -> int:
+    """BatchNorm cannot learn from one image: such a batch is left out, a store of one image refuses."""
+    if not model.has_batch_norm:
+        return 1
+    if min(images.num, batch_size) < 2:
+        raise StoreRefused("a model with BatchNorm needs at least 2 images a batch; set norm: group")
+    return 2
+
+
+def _num_steps(limits: Limits, num: int, smallest: int) -> int | None:
+    """Steps by max_steps and max_epochs, at least one; None when only time ends the ticket."""
+    known = [] if limits.max_steps is None else [limits.max_steps]
+    if limits.max_epochs is not None:
+        known.append(round(limits.max_epochs * batches_per_epoch(num, limits.batch_size, smallest)))
+    return max(1, min(known)) if known else None
+
+
+def _progress(work: Work, steps: int, num_steps: int | None, elapsed: float) -> float:
+    """The run's progress now: by steps, where their number is known, so that equal tickets give equal bits."""
+    done = min(1.0, elapsed / (work.limits.budget_s or 1.0)) if num_steps is None else steps / num_steps
+    start, end = work.progress
+    return start + (end - start) * done
+
+
+def _ended(steps: int, num_steps: int | None, left: float | None, control: Control) -> Stopped | None:
+    if control.stopped:
+        return "control"
+    if steps == num_steps:
+        return "done"
+    return "budget" if left is not None and left <= 0 else None

@@ -1,0 +1,35 @@
+"""Losses of classification. A user's own loss is such a function in a package of the user's, by entry point."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from raypipe.tasks import Loss, losses
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@losses("cross_entropy")
+def cross_entropy(*, label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0) -> Loss:
+    """Smoothing helps where labels are wrong now and then. Szegedy et al. 2015, arXiv:1512.00567."""
+    from torch.nn import functional
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(outputs, labels, label_smoothing=label_smoothing)
+
+    return loss
+
+
+@losses("focal")
+def focal(*, gamma: Annotated[float, Field(ge=0, le=10)] = 2.0) -> Loss:
+    """Weighs easy examples less, for rare classes. Lin et al. 2017, arXiv:1708.02002."""
+    from torch.nn import functional
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        cross = functional.cross_entropy(outputs, labels, reduction="none")
+        return ((1 - (-cross).exp()) ** gamma * cross).mean()
+
+    return loss

@@ -1,0 +1,76 @@
+"""The follower as a Ray actor: MLflow is imported, spoken to and waited for in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+
+if TYPE_CHECKING:
+    from raypipe.tracking.follow import Follower
+
+POLL_S = 0.5
+
+
+class Following:
+    """Sync, with its loop in a thread that `__init__` starts, so that a restarted one goes on from its cursor."""
+
+    def __init__(self, run_dir: str, uri: str | None = None, home: str | None = None) -> None:
+        """`run_dir` is absolute; its journal may be missing yet. `uri`, `home`: as in `mlflow_sink.Sink`."""
+        os.nice(10)  # whatever it does, training goes first
+        self._where = (Path(run_dir), uri, Path(home) if home else None)
+        self._stop = threading.Event()
+        self._trouble = "starting"
+        self._follower: Follower | None = None
+        self._thread = threading.Thread(target=self._loop, name="mlflow-follower", daemon=True)
+        self._thread.start()
+
+    def behind(self) -> int:
+        """Records that are not in MLflow yet; -1 while the journal was not opened."""
+        return self._follower.behind() if self._follower else -1
+
+    def where(self) -> str:
+        """The run's page, or the embedded store's address; empty while the journal was not opened."""
+        return self._follower.where() if self._follower else ""
+
+    def trouble(self) -> str:
+        """Why nothing moves, in one line; empty when all is well."""
+        return self._trouble or (self._follower.trouble if self._follower else "")
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until MLflow has all that is written now; False when it did not in time."""
+        until = time.monotonic() + timeout_s
+        while self.behind() != 0:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def stop(self) -> None:
+        """End the loop after what it is at."""
+        self._stop.set()
+        self._thread.join(timeout=30)
+
+    def _loop(self) -> None:
+        from raypipe.tracking.follow import Follower
+
+        while not self._stop.is_set():
+            try:
+                self._follower = self._follower or Follower(*self._where)
+                self._trouble = ""
+                self._follower.run(self._stop, until_done=True)
+            except Exception as error:  # noqa: BLE001  whatever it is, the next attempt starts from the cursor
+                self._trouble = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            self._stop.wait(POLL_S)
+        if self._follower:
+            self._follower.close()
+
+
+# No CPU is taken from training; questions are answered while another caller drains. The caller adds the name, the
+# lifetime and the node of the run's folder by `.options(...)`.
+_options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 4}
+MlflowFollower = ray.remote(**_options)(Following)  # type: ignore[call-overload]  # the stubs lack max_concurrency

@@ -1,0 +1,61 @@
+"""The run's own record on the coordinator's disk: a folder with the journal and the version store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from raypipe.errors import ConfigError
+from raypipe.tracking.journal import Journal
+from raypipe.tracking.records import Kind
+from raypipe.tracking.versions import Retention, VersionStore
+from raypipe.types import Layout
+
+
+def raypipe_home() -> Path:
+    """Where runs live on this machine: $RAYPIPE_HOME, else ~/.raypipe; always absolute."""
+    return Path(os.environ.get("RAYPIPE_HOME") or Path.home() / ".raypipe").expanduser().absolute()
+
+
+def run_folder(run: str, home: Path | None = None) -> Path:
+    """The folder of a run, by its id or `last`. Raises ConfigError naming the newest runs when there is none."""
+    runs = (home or raypipe_home()) / "runs"
+    there = sorted((p for p in runs.glob("*/journal.sqlite")), key=lambda p: p.stat().st_mtime, reverse=True)
+    if run == "last" and there:
+        return there[0].parent
+    if (runs / run / "journal.sqlite").is_file():
+        return runs / run
+    names = ", ".join(p.parent.name for p in there[:3])
+    raise ConfigError(f"no run named {run!r} in {runs}" + (f"; the newest are {names}" if names else "; none ran yet"))
+
+
+class RunBook:
+    """Writes facts and weights; see coordinator/shell.py for who calls what when."""
+
+    def __init__(self, folder: Path, keep_last: int, keep_every: tuple[int, ...], wall: Callable[[], float]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.versions = VersionStore(folder / "versions")
+        self._journal = Journal(folder / "journal.sqlite", write=True)
+        self._last, self._every, self._wall = keep_last, keep_every, wall
+
+    def record(self, kind: str, body: Mapping[str, Any]) -> None:
+        """Durable when it returns. Raises RunError."""
+        self._journal.append(cast(Kind, kind), body, self._wall())
+
+    def keep(self, version: int, vector: np.ndarray, layout: Layout) -> tuple[str, str, int]:
+        """Write a version's weights, durably: (file, sha256, bytes). Raises RunError."""
+        stored = self.versions.write(version, vector, layout, {"version": version})
+        return stored.file, stored.hash, stored.num_bytes
+
+    def prune(self, newest: int, best: int | None) -> None:
+        """Remove the weights that the rule does not keep."""
+        self.versions.prune(Retention(self._last, self._every, best))
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._journal.close()

@@ -1,0 +1,156 @@
+"""What the screen shows: a live table on a terminal, a few plain lines elsewhere, and the table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+PLAIN_LINES = 9  # progress lines at most where nobody watches live
+SHOWN_EVENTS = 6  # of stores that left, failed, ...; the rest is in the record
+
+
+class Screen:
+    """Follows a run's progress. `total` is how long or how many versions the run may take, for the plain lines."""
+
+    def __init__(self, console: Console, title: str, max_seconds: float | None, max_versions: int | None) -> None:
+        self._console, self._title = console, title
+        self._max_seconds, self._max_versions = max_seconds, max_versions
+        self._live: Live | None = None
+        self._told = self._shown = 0
+        self._phase = ""
+        self._since = time.monotonic()
+
+    def __enter__(self) -> Screen:
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def update(self, phase: str, board: Mapping[str, Any] | None) -> None:
+        """Show the newest state."""
+        if self._live is not None:
+            self._live.update(self._table(phase, board))
+        if phase != self._phase:
+            self._phase = phase
+            if self._live is None and phase not in ("training", "over", "starting"):
+                self.say(f"{time.monotonic() - self._since:5.0f} s  {phase} ...")
+        if board is None:
+            return
+        for line in board["lines"][self._shown : SHOWN_EVENTS]:
+            self.say(f"{board['elapsed_s']:5.0f} s  {line}")
+        if self._shown < SHOWN_EVENTS < len(board["lines"]):
+            self.say("         ... more of this is in the run's record")
+        self._shown = len(board["lines"])
+        due = self._told < PLAIN_LINES and self._progress(board) >= (self._told + 1) / PLAIN_LINES
+        if self._live is None and phase == "training" and due:
+            self._told = int(self._progress(board) * PLAIN_LINES)
+            self.say(f"{time.monotonic() - self._since:5.0f} s  {_headline(board)}")
+
+    def _progress(self, board: Mapping[str, Any]) -> float:
+        by_time = board["elapsed_s"] / self._max_seconds if self._max_seconds else 0.0
+        by_version = board["version"] / self._max_versions if self._max_versions else 0.0
+        return max(by_time, by_version)
+
+    def _table(self, phase: str, board: Mapping[str, Any] | None) -> Table:
+        title = f"{self._title}   {phase}, {time.monotonic() - self._since:.0f} s"
+        table = Table(title=title, title_justify="left", caption=_headline(board) if board else "", box=None)
+        for name in ("store", "state", "images", "base", "steps", "steps/s", "updates", "share", "staleness", "accuracy"):
+            table.add_column(name, justify="left" if name in ("store", "state") else "right")
+        for row in (board or {"rows": []})["rows"]:
+            table.add_row(
+                row["store"],
+                row["state"],
+                f"{row['images']:,}",
+                f"v{row['base']}",
+                str(row["steps"]),
+                f"{row['speed']:.1f}",
+                str(row["updates"]),
+                _percent(row["share"]),
+                f"{row['mean_staleness']:.1f}",
+                _percent(row["accuracy"]),
+            )
+        return table
+
+
+def show_summary(console: Console, summary: Mapping[str, Any], next_command: str) -> None:
+    """The table at the end, and where to go from here."""
+    table: Sequence[Mapping[str, Any]] = summary["table"]
+    board = summary["board"]
+    if table:
+        console.print(_final_table(table))
+    lines = ["(alone, shared: accuracy on the test set; stale: mean versions behind when folded)"] if table else []
+    alone = [row["alone"] for row in table if row["alone"] is not None]
+    test = next(iter(summary["test"].values()), None)
+    if test is not None:
+        lines.append(f"shared model on the test set: {test:.1%}" + _against(test, alone))
+    if summary["best_version"] is not None and board["best"]:
+        lines.append(f"best version: v{summary['best_version']} of {summary['versions']} ({board['best'][1]:.1%} on validation)")
+    pooled = sum(row["data_bytes"] for row in table)
+    if pooled:
+        lines.append(f"moved: {megabytes(board['bytes_total'])} both ways; pooling the images moves {megabytes(pooled)} once")
+    lines += [f"record: {summary['folder']}", *_tracked(summary["mlflow"])]
+    lines += [f"ended: {summary['reason']}", f"next: {next_command}"]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _final_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    names = ("store", "images", "steps/s", "updates", "steps", "share", "stale", "alone", "shared")
+    for name in names:
+        table.add_column(name, justify="left" if name == "store" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["store"],
+            f"{row['images']:,}",
+            f"{row['speed']:.1f}",
+            str(row["updates"]),
+            str(row["steps"]),
+            _percent(row["share"]),
+            f"{row['mean_staleness']:.2f}",
+            _percent(row["alone"]),
+            _percent(row["shared"]),
+        )
+    return table
+
+
+def _headline(board: Mapping[str, Any]) -> str:
+    score = f", accuracy {board['score']:.1%}" if board["score"] is not None else ""
+    return f"version {board['version']}{score}, {board['updates']} updates, {megabytes(board['bytes_total'])} moved"
+
+
+def _against(test: float, alone: Sequence[float]) -> str:
+    if not alone:
+        return ""
+    mean = sum(alone) / len(alone)
+    return f"; a model trained alone, mean of {len(alone)} stores: {mean:.1%} ({100 * (test - mean):+.1f} points)"
+
+
+def _tracked(mlflow: Mapping[str, Any] | None) -> list[str]:
+    if mlflow is None:
+        return []
+    if mlflow["done"]:
+        return [f"MLflow: {mlflow['where']}"]
+    return [f"MLflow is behind ({mlflow['trouble'] or 'busy'}): nothing is lost; later run: raypipe track last"]
+
+
+def megabytes(num_bytes: float) -> str:
+    """Bytes for people: powers of ten."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

@@ -1,0 +1,158 @@
+"""What a run writes down: one body a kind, JSON-plain, ids and numbers only (no path, no label, no image).
+
+The coordinator writes them, in this order for a version: `version_published` before any store is told of it,
+`evaluated` when its evaluation came (any number of versions later). Every other account of a run (MLflow, tables,
+the ledger) is computed from these and can be computed again. Times are seconds since the epoch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
+
+Kind: TypeAlias = Literal[
+    "run_started",
+    "store_joined",
+    "store_left",
+    "store_missing",
+    "store_set_aside",
+    "ticket_failed",
+    "update_rejected",
+    "version_published",
+    "evaluated",
+    "final",
+    "run_finished",
+]
+KINDS: tuple[Kind, ...] = (
+    "run_started",
+    "store_joined",
+    "store_left",
+    "store_missing",
+    "store_set_aside",
+    "ticket_failed",
+    "update_rejected",
+    "version_published",
+    "evaluated",
+    "final",
+    "run_finished",
+)
+Status: TypeAlias = Literal["finished", "killed", "failed"]
+
+
+class RunStarted(TypedDict):
+    """A coordinator takes the run up; one that resumes writes another with a higher epoch."""
+
+    run: str
+    name: str
+    config: dict[str, Any]  # the whole resolved configuration
+    layout: dict[str, Any]  # Layout.to_json()
+    plan: dict[str, Any]
+    code_hash: str
+    at: float
+    stores: list[str]
+    experiment: str
+    register_as: str
+    epoch: int
+
+
+class StoreJoined(TypedDict):
+    """A store is there, by its card; `node` stays in the journal and never goes to MLflow."""
+
+    store: str
+    counts: dict[str, int]  # split -> images
+    cpus: float
+    gpu: str | None
+    node: str
+
+
+class StoreLeft(TypedDict):
+    """A store is gone, for now or for good."""
+
+    store: str
+    reason: str
+
+
+class StoreSetAside(TypedDict):
+    """A store failed too often and is asked no more."""
+
+    store: str
+    reason: str
+
+
+class UpdateRejected(TypedDict):
+    """An update that was not folded."""
+
+    store: str
+    ticket: str
+    reason: str
+
+
+class Contribution(TypedDict):
+    """One update in one version."""
+
+    store: str
+    ticket: str
+    base: int  # the version it was trained from
+    staleness: int  # versions between base and the fold
+    steps: int
+    examples: int
+    weight: float  # as given by the weighing rule
+    share: float  # of all weight in this version, in [0, 1]
+    seconds: float
+    loss: float
+    bytes_up: int
+
+
+class VersionPublished(TypedDict):
+    """A global version is a fact."""
+
+    version: int
+    parent: int | None
+    hash: str  # sha256 of the file
+    file: str  # its name in the version store, no folder
+    num_bytes: int
+    at: float
+    elapsed_s: float  # of the run
+    seconds: float  # since the previous version
+    contributions: list[Contribution]
+    bytes_up: int
+    bytes_down: int
+    bytes_total: int  # both ways, of the whole run
+    step_norm: float
+
+
+class StoreScore(TypedDict):
+    """One store's share of an evaluation."""
+
+    accuracy: float
+    loss: float
+    num_examples: int
+
+
+class Evaluated(TypedDict):
+    """A version was judged; `best` says that no earlier judged one was better."""
+
+    version: int
+    split: str
+    metrics: dict[str, float]  # accuracy, loss
+    num_examples: int
+    stores: dict[str, StoreScore]
+    best: bool
+
+
+class Final(TypedDict):
+    """The last word about a run: the test set is read once."""
+
+    best_version: int
+    test: dict[str, float]
+    table: list[dict[str, Any]]  # a row a store
+    reason: str
+
+
+class RunFinished(TypedDict):
+    """The run is over; only a resumed coordinator may write after it."""
+
+    reason: str
+    status: NotRequired[Status]  # finished, if it is not there
+    versions: int
+    best_version: int | None
+    at: float

@@ -1,0 +1,254 @@
+"""Promote versions to the model registry, go back, and use what is there.
+
+A promoted version gets a small child run of its own with its parameters and metrics: the page that compares
+registered versions shows those of their runs, so versions that share a run would look identical. Beside the module,
+its LoggedModel holds the plain weights and the parts they belong to; raypipe itself reads those and unpickles nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raypipe.config.schema import NAME
+from raypipe.errors import ConfigError, RunError
+from raypipe.models.tensors import Array, vector_from
+from raypipe.tracking.follow import version_name
+from raypipe.tracking.lineage import History, flat_params, lineage_params, model_card, read_history
+from raypipe.tracking.mlflow_sink import TROUBLE, Kept, RunPlace, Sink, one_line, points
+from raypipe.tracking.versions import FOLDER, Tensors, VersionStore, read_file
+from raypipe.types import Layout
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from raypipe.tasks import Task
+
+CHAMPION, PREVIOUS = "champion", "previous"
+WEIGHTS, CARD = "state.safetensors", "raypipe.json"
+BATCH = 64  # images predicted at once
+REGISTERED = re.compile(r"^models:/[^/:@]+(@[^/:@]+|/[0-9]+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """A registered version; `previous` is the number that had the alias before."""
+
+    name: str
+    number: str
+    alias: str
+    previous: str | None
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}@{self.alias}"
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The most probable label; its index as text where the task names no classes."""
+
+    path: Path
+    label: str
+    probability: float
+
+
+def promote(
+    run_dir: Path, version: int, *, alias: str = CHAMPION, uri: str | None = None, home: Path | None = None
+) -> Promotion:
+    """Register a version and point the alias to it; the old one stays reachable as `previous`. May be repeated.
+
+    Raises ConfigError (no such version, weights gone, a bad alias), RunError (MLflow unreachable, run not in it yet).
+    """
+    previous_alias = _previous(alias)
+    history, store = read_history(run_dir), VersionStore(run_dir / FOLDER)
+    body, started = history.version(version), history.run()
+    store.pin(version)
+    card = model_card(started, version)
+    module, task = _module(card, store.read(version, body["hash"]))
+    name = started["register_as"]
+    shape = (-1, task.channels, task.image_size, task.image_size), (-1, task.num_outputs)
+    files: dict[str, Path | str] = {
+        WEIGHTS: store.path(version),
+        CARD: json.dumps(card),
+        "lineage.json": json.dumps(body),
+    }
+    kept = Kept(version_name(history, version), version, lineage_params(body), files)
+    with _in_one_line():
+        sink = Sink(uri, home)
+        child = _child(sink, history, version)
+        model_id = sink.torch_model(child, kept, module, shape)
+        for at, metrics in history.moments(version):
+            sink.metrics(child.run_id, points(metrics, at, version), model_id)
+        sink.end(child.run_id, "finished", body["at"])
+        number = sink.register(name, model_id, child.run_id)
+        before = sink.alias(name, alias)
+        if before not in (None, number):
+            sink.set_alias(name, previous_alias, str(before))
+        sink.set_alias(name, alias, number)
+    return Promotion(name, number, alias, before)
+
+
+def rollback(name: str, *, alias: str = CHAMPION, uri: str | None = None, home: Path | None = None) -> Promotion:
+    """Swap the alias with the one before it; a second rollback undoes the first."""
+    previous_alias = _previous(alias)
+    with _in_one_line():
+        sink = Sink(uri, home)
+        now, before = sink.alias(name, alias), sink.alias(name, previous_alias)
+        if now is None or before is None:
+            missing = alias if now is None else previous_alias
+            raise ConfigError(
+                f"model {name!r} has no version with the alias {missing!r}: there is nothing to go back to"
+            )
+        sink.set_alias(name, alias, before)
+        sink.set_alias(name, previous_alias, now)
+    return Promotion(name, before, alias, now)
+
+
+def load_weights(source: str, layout: Layout, *, uri: str | None = None, home: Path | None = None) -> Array:
+    """A new vector from a .safetensors file or `models:/NAME@alias`, for a warm start.
+
+    Raises ConfigError in one line when they do not fit the model or are not finite.
+    """
+    try:
+        vector = vector_from(layout, _open(source, uri, home)[0])
+    except ConfigError as error:
+        more = f" (and {len(error.problems) - 1} more like this)" if len(error.problems) > 1 else ""
+        raise ConfigError(f"weights from {source}: {error.problems[0]}{more}") from None
+    if not np.isfinite(vector).all():
+        raise ConfigError(f"weights from {source}: they hold values that are not finite")
+    return vector
+
+
+def predict(
+    source: str,
+    images: Sequence[Path],
+    *,
+    version: int | None = None,
+    uri: str | None = None,
+    home: Path | None = None,
+) -> list[Prediction]:
+    """Labels for images, decoded and normalised as in training.
+
+    `source`: `models:/NAME@alias`, a .safetensors file that raypipe wrote, or a run's folder (then `version`; None
+    for the best one). Raises ConfigError with every image that cannot be read, a line each.
+    """
+    import torch
+
+    tensors, card = _open(source, uri, home, version)
+    if not {"task", "model"} <= set(card):
+        raise ConfigError(f"{source} does not say to which model its weights belong: only raypipe's own files do")
+    module, task = _module(card, tensors)
+    pixels = _decode(images, task)
+    found: list[Prediction] = []
+    with torch.inference_mode():
+        for first in range(0, len(images), BATCH):
+            outputs = module(task.prepare(torch.from_numpy(pixels[first : first + BATCH])))
+            chances, labels = outputs.softmax(1), task.predict(outputs).tolist()
+            for i, label in enumerate(labels):
+                text = task.classes[label] if task.classes else str(label)
+                found.append(Prediction(images[first + i], text, float(chances[i, label])))
+    return found
+
+
+def _open(
+    source: str, uri: str | None, home: Path | None, version: int | None = None
+) -> tuple[Tensors, dict[str, Any]]:
+    """Tensors by name and, where it is there, the card."""
+    if source.startswith("models:"):
+        return _open_registered(source, uri, home)
+    path = Path(source)
+    if path.is_dir():
+        history, store = read_history(path), VersionStore(path / FOLDER)
+        newest = max(history.versions, default=0)
+        chosen = version if version is not None else history.best if history.best is not None else newest
+        return store.read(chosen, history.version(chosen)["hash"]), model_card(history.run(), chosen)
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ConfigError(f"{source!r} is no .safetensors file, no run's folder and no models:/NAME@alias")
+    return read_file(path)
+
+
+def _open_registered(source: str, uri: str | None, home: Path | None) -> tuple[Tensors, dict[str, Any]]:
+    if not REGISTERED.match(source):
+        raise ConfigError(f"{source!r} is no registered model: write models:/NAME@alias or models:/NAME/3")
+    with TemporaryDirectory() as folder, _in_one_line():
+        sink = Sink(uri, home)
+        place = sink.download(source, Path(folder))
+        if (place / WEIGHTS).is_file():
+            card: dict[str, Any] = json.loads((place / CARD).read_text()) if (place / CARD).is_file() else {}
+            return read_file(place / WEIGHTS)[0], card
+        state = sink.load_torch(place).state_dict()  # somebody else's model
+        return {key: tensor.cpu().numpy() for key, tensor in state.items()}, {}
+
+
+def _module(card: Mapping[str, Any], tensors: Tensors) -> tuple[nn.Module, Task]:
+    """The model of a card with these weights, in evaluation mode, and its task."""
+    import torch
+
+    from raypipe.models import models
+    from raypipe.tasks import tasks
+
+    task = tasks.build(card["task"])
+    spec = {**card["model"], **({"pretrained": False} if "pretrained" in card["model"] else {})}  # nothing to fetch
+    module: nn.Module = models.build(spec, task.num_outputs, task.channels, task.image_size)
+    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}  # a tied weight once
+    try:
+        problems = module.load_state_dict({n: torch.from_numpy(np.array(t)) for n, t in tensors.items()}, strict=False)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the weights do not fit model {spec['name']!r}: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    wrong = [*problems.unexpected_keys, *(own & set(problems.missing_keys))]
+    if wrong:
+        raise ConfigError(f"the weights do not fit model {spec['name']!r}: {wrong[0]!r} is missing on one side")
+    return module.eval(), task
+
+
+def _decode(images: Sequence[Path], task: Task) -> Array:
+    """Pixels (n, channels, image_size, image_size) of all images."""
+    from raypipe.data.decode import decode_images
+
+    missing = [f"{path}: no such file" for path in images if not path.is_file()]
+    if missing:
+        raise ConfigError(missing)
+    pixels, good = decode_images([p.read_bytes() for p in images], size=task.image_size, channels=task.channels)
+    if not good.all():
+        broken = [path for path, fine in zip(images, good, strict=True) if not fine]
+        raise ConfigError(f"{path}: no whole PNG or JPEG image" for path in broken)
+    return pixels
+
+
+def _child(sink: Sink, history: History, version: int) -> RunPlace:
+    """The promoted version's own run below the training run, with its parameters."""
+    started, body = history.run(), history.version(version)
+    experiment = sink.experiment(started["experiment"])
+    parent = sink.find_run(experiment, {"fed.run_key": started["run"]})
+    if parent is None:
+        raise RunError(f"run {started['run']} is not in MLflow yet: `raypipe track {started['run']}` brings it there")
+    tags = {"mlflow.parentRunId": parent.run_id, "fed.promoted": version_name(history, version)}
+    child = sink.run(experiment, f"{started['name']} v{version:05d}", body["at"], tags)
+    sink.params(child.run_id, flat_params(started["config"]) | lineage_params(body))
+    return child
+
+
+def _previous(alias: str) -> str:
+    """The alias of the one before. Raises ConfigError for an alias that MLflow would refuse."""
+    if not NAME.match(alias) or re.match(r"^v[0-9]+$", alias) or alias in ("latest", PREVIOUS):
+        raise ConfigError(f"{alias!r} cannot be an alias: take a word such as champion (not latest, previous or v42)")
+    return PREVIOUS if alias == CHAMPION else f"{PREVIOUS}-{alias}"
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except TROUBLE as error:
+        raise RunError(f"MLflow did not do it: {one_line(error)}") from None

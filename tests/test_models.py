@@ -1,0 +1,174 @@
+"""Every model, as a flat vector."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from raypipe.errors import ConfigError
+from raypipe.models import models
+from raypipe.models.flat import FlatModel, flatten, initial, layout_of, state_dict_from, vector_from
+from raypipe.tasks import losses, tasks
+from raypipe.types import Role
+
+torch.set_num_threads(1)
+SMALL = [name for name in models.names() if name != "vit_b_16"]
+BATCH_NORM = {"name": "mobilenet_v3_small", "norm": "batch"}
+
+
+def flat(spec: dict[str, object], size: int = 32) -> FlatModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = models.build(spec, 4, 1, size)
+    return FlatModel(module, layout_of(module))
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_model_takes_a_step_on_its_vector(name: str) -> None:
+    model = flat({"name": name, **({"norm": "batch"} if name.startswith("mobilenet") else {})})
+    model.train()
+    outputs = model.module(torch.rand(2, 1, 32, 32))
+    assert outputs.shape == (2, 4)
+    before = model.vector.clone()
+    outputs.square().sum().backward()
+    model.gather()
+    torch.optim.SGD([model.weights], lr=0.01).step()
+    assert model.weights.grad is not None
+    assert torch.isfinite(model.weights.grad).all()
+    changed = before != model.vector
+    assert changed[model.layout.shared].float().mean() > 0.3
+    parameters = {n: p for n, p in model.module.named_parameters()}
+    for entry in model.layout.entries:
+        if entry.role is Role.SHARED:
+            assert torch.equal(parameters[entry.name].detach().view(-1), model.vector[entry.slice])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_vector_and_its_tensors_are_the_same(name: str) -> None:
+    layout, vector = initial({"name": name}, 4, 3, 32, seed=1)
+    tensors = state_dict_from(layout, vector)
+    assert np.array_equal(vector_from(layout, tensors), vector)
+    module = models.build({"name": name}, 4, 3, 32)
+    module.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in tensors.items()}, strict=True)
+    assert np.array_equal(flatten(module, layout), vector)
+
+
+def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
+    one, again, other = (initial({"name": "small_cnn"}, 4, 1, 28, seed)[1] for seed in (1, 1, 2))
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+
+
+def test_batch_norm_statistics_are_statistics_and_counters_are_fixed() -> None:
+    layout = flat(BATCH_NORM).layout
+    roles = {e.name.rpartition(".")[2]: e.role for e in layout.entries}
+    assert roles["running_mean"] is roles["running_var"] is Role.STATISTIC
+    assert roles["num_batches_tracked"] is Role.FIXED
+    assert all(e.dtype == "float32" for e in layout.entries if e.offset < layout.update_size)
+
+
+def test_a_frozen_norm_does_not_move() -> None:
+    model = flat({**BATCH_NORM, "norm": "frozen_batch"})
+    assert not model.has_batch_norm
+    assert not any(e.role is Role.STATISTIC for e in model.layout.entries)
+    model.train()
+    before = model.vector.clone()
+    model.module(torch.rand(4, 1, 32, 32))
+    assert torch.equal(before, model.vector)
+
+
+def test_names_can_be_frozen_by_pattern() -> None:
+    module = models.build({"name": "small_cnn"}, 4, 1, 28)
+    layout = layout_of(module, frozen=["0.*"])
+    assert {e.name for e in layout.entries if e.role is Role.FROZEN} == {"0.weight", "0.bias"}
+    model = FlatModel(module, layout)
+    model.module(torch.rand(1, 1, 28, 28)).sum().backward()
+    model.gather()
+    assert model.module.get_parameter("0.weight").grad is None
+
+
+def test_loading_a_base_overwrites_counters_too() -> None:
+    model = flat(BATCH_NORM)
+    base = flatten(model.module, model.layout)
+    base.flags.writeable = False  # as in shared memory
+    model.train()
+    model.module(torch.rand(4, 1, 32, 32))
+    assert not np.array_equal(flatten(model.module, model.layout), base)
+    model.load(base)
+    assert np.array_equal(flatten(model.module, model.layout), base)
+
+
+def test_an_unused_parameter_has_no_gradient_left_of_the_step_before() -> None:
+    model = flat({"name": "small_cnn"}, 28)
+    assert model.weights.grad is not None
+    model.weights.grad.fill_(7)
+    model.clear()
+    model.gather()
+    assert not model.weights.grad.any()
+
+
+def test_missing_and_wrong_shaped_tensors_are_named_together() -> None:
+    layout, vector = initial({"name": "small_cnn"}, 4, 1, 28, seed=0)
+    tensors = state_dict_from(layout, vector)
+    del tensors["0.bias"]
+    tensors["0.weight"] = tensors["0.weight"][:1]
+    with pytest.raises(ConfigError) as caught:
+        vector_from(layout, tensors)
+    assert caught.value.problems == [
+        "tensor '0.bias' is missing",
+        "tensor '0.weight' has shape (1, 1, 3, 3), the model needs (16, 1, 3, 3)",
+    ]
+
+
+def test_small_cnn_has_the_size_of_its_benchmark() -> None:
+    for channels, size, num in ((1, 28, 105_962), (3, 32, 136_970)):
+        module = models.build({"name": "small_cnn"}, 10, channels, size)
+        assert sum(p.numel() for p in module.parameters()) == num
+
+
+def test_a_size_that_does_not_fit_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^vit_b_16 needs an image_size that is a multiple of 16, found 28$"):
+        models.build({"name": "vit_b_16"}, 4, 1, 28)
+
+
+def test_pretrained_weights_without_internet_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match=r"^resnet18: pretrained weights could not be fetched .*pretrained: false.*$"):
+        models.build({"name": "resnet18", "norm": "batch", "pretrained": True}, 4, 3, 224)
+    with pytest.raises(ConfigError, match="norm: frozen_batch"):
+        models.build({"name": "resnet18", "pretrained": True}, 4, 3, 224)
+
+
+def test_settings_are_checked_without_torch() -> None:
+    code = (
+        "import sys; from raypipe.models import models; from raypipe.tasks import tasks, losses;"
+        "from raypipe.store.optimizers import optimizers; from raypipe.store.schedules import schedules;"
+        "assert not models.problems({'name': 'resnet18', 'norm': 'batch'}, 'model');"
+        "assert not tasks.problems({'name': 'classification', 'classes': 3}, 'task');"
+        "assert 'cross_entropy' in tasks.problems({'name': 'classification', 'loss': 'cros_entropy'}, 'task')[0];"
+        "assert not optimizers.problems({'name': 'adamw', 'betas': [0.9, 0.99]}, 'o');"
+        "assert not schedules.problems({'name': 'cosine'}, 's'); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", losses.names())
+def test_every_loss_is_lower_for_the_right_answer(name: str) -> None:
+    loss = losses.build({"name": name})
+    labels = torch.tensor([0, 1])
+    right, wrong = torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.tensor([[0.0, 4.0], [4.0, 0.0]])
+    assert loss(right, labels).shape == ()
+    assert loss(right, labels) < loss(wrong, labels)
+
+
+def test_pixels_are_normalised_for_each_channel() -> None:
+    task = tasks.build({"name": "classification", "channels": 3, "mean": [0.0, 0.5, 1.0], "std": 0.5})
+    images = torch.full((1, 3, 28, 28), 255, dtype=torch.uint8)
+    assert task.prepare(images)[0, :, 0, 0].tolist() == pytest.approx([2.0, 1.0, 0.0])
+    assert (images == 255).all()
