@@ -86,7 +86,7 @@ def _is_whole_png(raw: memoryview) -> bool:
     at = len(PNG)
     while at + 12 <= len(raw):
         end = at + 12 + int.from_bytes(raw[at : at + 4], "big")
-        if end > len(raw) or zlib.crc32(raw[at + 4 : end - 4]) != int.from_bytes(raw[end - 4 : end], "big"):
+        if zlib.crc32(raw[at + 4 : end - 4]) != int.from_bytes(raw[end - 4 : end], "big"):
             return False
         if raw[at + 4 : at + 8].tobytes() == b"IEND":
             return True

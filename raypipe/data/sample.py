@@ -18,6 +18,8 @@ from typing import TypeAlias
 
 import cv2
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raypipe.data.camera import rng_for
@@ -77,6 +79,14 @@ def load_sample(name: str = "fashion-mnist") -> Source:
         return pixels[:, 0], part.labels
 
     return Source(name, data.classes, data.content_hash, read)
+
+
+def sample_image_bytes(name: str) -> float:
+    """Mean size of a bundled sample's PNG files: what pooling would move for each image."""
+    if name not in SAMPLES:
+        raise ConfigError(f"no sample named {name!r}.{did_you_mean(name, SAMPLES)}")
+    images = pq.read_table(SAMPLES[name] / "test.parquet", columns=["image"]).column(0)
+    return float(pc.mean(pc.binary_length(images)).as_py())
 
 
 def load_full(folder: Path = DEBIAN) -> Source:

@@ -95,11 +95,7 @@ def make_stores(
         with _only_one(out):
             wanting = [s for s in store_ids if not _is_made(out / s, s, data_name, recipe)]
             if wanting:
-                pool = _pool(source, max_images, seed)
-                shares = _shares(pool, mix, size_ratio, seed)
-                for store in wanting:
-                    mine = {name: shares[name][store_ids.index(store)] for name in SPLITS}
-                    _make(out / store, store, data_name, _seen(store, pool, mine, camera_shift, seed), source, recipe)
+                _make_stores(out, wanting, data_name, source, mix, recipe)
             return [_summary(out, store, data_name, made=store in wanting) for store in store_ids]
     except OSError as error:
         raise RunError(f"the stores' data sets cannot be written: {reason(error)}") from None
@@ -143,6 +139,16 @@ def _only_one(out: Path) -> Iterator[None]:
     with (out / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _make_stores(out: Path, wanting: Sequence[str], data_name: str, source: Source, mix: Any, recipe: Any) -> None:
+    seed = recipe["seed"]
+    pool = _pool(source, recipe["max_images"], seed)
+    shares = _shares(pool, mix, recipe["size_ratio"], seed)
+    for store in wanting:
+        place = recipe["stores"].index(store)
+        mine = {name: shares[name][place] for name in SPLITS}
+        _make(out / store, store, data_name, _seen(store, pool, mine, recipe["camera_shift"], seed), source, recipe)
 
 
 def _is_made(folder: Path, store: str, data_name: str, recipe: Any) -> bool:
