@@ -12,7 +12,7 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # before anything i
 
 from rich.console import Console
 
-from raypipe.errors import RaypipeError
+from raypipe.errors import ConfigError, RaypipeError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     data = verb("data", _data, "make private store data sets from a sample")
     configured(data)
     data.add_argument("--out", type=Path, help="default: $RAYPIPE_STORES, else ~/.raypipe/stores")
-    data.add_argument("--source", help="a folder with the full data set's .gz files, or 'download'; default: bundled sample")
+    data.add_argument(
+        "--source", help="a folder with the full data set's .gz files, or 'download'; default: bundled sample"
+    )
     versions = verb("versions", _versions, "list a run's versions")
     versions.add_argument("which", metavar="RUN", help="a run's id, or 'last'")
     promote = verb("promote", _promote, "register a version and give it an alias")
@@ -86,18 +88,18 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 
 
 def _check(options: argparse.Namespace, console: Console) -> int:
-    from raypipe.check import report
-    from raypipe.run import load_run
+    from raypipe.run import check, load_run
 
-    console.print(report(load_run(options.config_option or options.config, options.set)), highlight=False, markup=False)
+    config = load_run(options.config_option or options.config, options.set)
+    console.print(check(config), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
 def _data(options: argparse.Namespace, console: Console) -> int:
     from raypipe.data.stores import describe_stores
     from raypipe.launch import make_demo_stores
+    from raypipe.placement.homes import stores_home
     from raypipe.run import load_run
-    from raypipe.store.policy import stores_home
 
     config = load_run(options.config_option or options.config, options.set)
     made = make_demo_stores(config, options.out or stores_home(), options.source)
@@ -110,7 +112,9 @@ def _versions(options: argparse.Namespace, console: Console) -> int:
     from raypipe.tracking.console import versions_table
     from raypipe.tracking.lineage import list_versions
 
-    console.print(versions_table(list_versions(run_folder(options.which))))
+    folder = run_folder(options.which)
+    console.print(folder.name, highlight=False)
+    console.print(versions_table(list_versions(folder)))
     return 0
 
 
@@ -118,22 +122,35 @@ def _promote(options: argparse.Namespace, console: Console) -> int:
     from raypipe.tracking.book import run_folder
     from raypipe.tracking.registry import promote
 
-    console.print(promote(run_folder(options.which), options.version, options.alias), highlight=False, markup=False)
+    done = promote(run_folder(options.which), options.version, alias=options.alias)
+    before = f" (before: version {done.previous})" if done.previous else ""
+    line = f"{done.uri} is now version {done.number} of {done.name}{before}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
 def _rollback(options: argparse.Namespace, console: Console) -> int:
     from raypipe.tracking.registry import rollback
 
-    console.print(rollback(options.model, options.alias), highlight=False, markup=False)
+    done = rollback(options.model, alias=options.alias)
+    line = f"{done.uri} is version {done.number} again (it was {done.previous})"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
 def _predict(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.tracking.book import run_folder
     from raypipe.tracking.registry import predict
 
-    for path, label, probability in predict(options.model, options.images):
-        console.print(f"{path}  {label}  {probability:.1%}", highlight=False, markup=False, soft_wrap=True)
+    source, version = options.model, None
+    if not source.startswith("models:/") and not Path(source).is_file():
+        run, _, number = source.partition(":")
+        if number and not number.isdigit():
+            raise ConfigError(f"{source}: write RUN, RUN:VERSION with a number, models:/NAME@alias, or a file")
+        source, version = str(run_folder(run)), int(number) if number else None
+    for found in predict(source, options.images, version=version):
+        line = f"{found.path}  {found.label}  {found.probability:.1%}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -141,5 +158,5 @@ def _track(options: argparse.Namespace, console: Console) -> int:
     from raypipe.tracking.book import run_folder
     from raypipe.tracking.follow import follow
 
-    console.print(follow(run_folder(options.which)), highlight=False, markup=False)
+    console.print(follow(run_folder(options.which), patience_s=30), highlight=False, markup=False, soft_wrap=True)
     return 0

@@ -15,8 +15,8 @@ from raypipe.config.schema import RunConfig
 from raypipe.data.sample import download_full, load_full, load_sample
 from raypipe.data.stores import StoreSummary, make_stores
 from raypipe.errors import ConfigError, RaypipeError, RunError
+from raypipe.placement.homes import raypipe_home
 from raypipe.run import compose, new_run_id
-from raypipe.tracking.book import raypipe_home
 from raypipe.tracking.console import Screen
 
 GIVE_UP_S = 30.0  # after a second Ctrl-C, or when the coordinator does not answer
@@ -106,7 +106,9 @@ def _watch(config: RunConfig, run: str, home: str | None, screen: Screen) -> dic
             raise error.cause from None
         raise
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-        raise RunError(f"the coordinator ended ({type(error).__name__}); the record so far: raypipe versions {run}") from None
+        raise RunError(
+            f"the coordinator ended ({type(error).__name__}); the record so far: raypipe versions {run}"
+        ) from None
 
 
 class _StopKey:

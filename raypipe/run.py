@@ -20,6 +20,7 @@ from raypipe.config.load import load, to_dict
 from raypipe.config.schema import RunConfig
 from raypipe.coordinator.board import Board
 from raypipe.coordinator.composition import Composition
+from raypipe.coordinator.explain import Sizes, explain
 from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.policy import Policy, pace
 from raypipe.coordinator.shell import Shell
@@ -28,13 +29,15 @@ from raypipe.data.split import splits
 from raypipe.errors import ConfigError, did_you_mean
 from raypipe.models import models
 from raypipe.models.tensors import vector_from
+from raypipe.placement.homes import raypipe_home
 from raypipe.store.messages import Plan
 from raypipe.store.optimizers import optimizers
 from raypipe.store.schedules import schedules
 from raypipe.tasks import tasks
 from raypipe.tasks.metrics import lower_is_better
-from raypipe.tracking.book import RunBook, raypipe_home
-from raypipe.update.codec import codecs
+from raypipe.tracking.book import RunBook
+from raypipe.types import Role
+from raypipe.update.codec import codecs, encoded_bytes
 
 
 def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -63,7 +66,9 @@ def part_problems(config: RunConfig) -> list[str]:
         problems += codecs.problems(codec, f"update.{place}")
     known = ("accuracy", "loss")
     if config.evaluate.metric not in known:
-        problems.append(f"evaluate.metric: no metric {config.evaluate.metric!r}.{did_you_mean(config.evaluate.metric, known)}")
+        problems.append(
+            f"evaluate.metric: no metric {config.evaluate.metric!r}.{did_you_mean(config.evaluate.metric, known)}"
+        )
     try:
         policy_of(config)
     except ValueError as error:
@@ -117,9 +122,7 @@ def compose(config: dict[str, Any], run: str, *, home: str | None, put: Callable
     )
     transform = transforms.build(said.server)
     threads = None if said.local is None else 1  # on one machine the cores belong to the stores
-    model = GlobalModel(
-        layout, vector, transform, how=said.update, normalise=said.pacing.normalise, threads=threads
-    )
+    model = GlobalModel(layout, vector, transform, how=said.update, normalise=said.pacing.normalise, threads=threads)
     folder = place / "runs" / run
     every = (said.track.keep_every, said.track.log_model_every)
     book = RunBook(folder, said.track.keep_last, every, time.time)
@@ -175,3 +178,29 @@ def code_hash() -> str:
     for file in sorted(here.rglob("*.py")):
         digest.update(str(file.relative_to(here)).encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+PHOTO_BYTES = 100_000.0  # a product photo as JPEG, where nothing better is known
+
+
+def check(config: RunConfig) -> str:
+    """What a run would do, without starting anything."""
+    from raypipe.aggregation.transforms import server_memory, transforms
+    from raypipe.data.sample import sample_image_bytes
+    from raypipe.models.flat import initial
+
+    task = tasks.build(config.task)
+    layout, _ = initial(config.model, task.num_outputs, task.channels, task.image_size, config.seed)
+    image_bytes, source = PHOTO_BYTES, "assumed for photos"
+    if config.local is not None:
+        image_bytes, source = sample_image_bytes(config.local.sample), f"{config.local.sample} as bundled"
+    sizes = Sizes(
+        parameters=sum(entry.size for entry in layout.entries if entry.role is Role.SHARED),
+        down_bytes=4 * layout.size,
+        up_bytes=encoded_bytes(config.update, layout.update_size),
+        server_bytes=4 * server_memory(layout, transforms.build(config.server)),
+        image_bytes=image_bytes,
+        image_source=source,
+    )
+    stores = [(store.id, store.cpus, store.gpus) for store in config.stores]
+    return "\n".join([f"{config.name}: nothing wrong found", *explain(stores, policy_of(config), sizes)])

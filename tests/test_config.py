@@ -108,6 +108,10 @@ def test_a_part_as_a_word_takes_settings_from_an_override(write: Any) -> None:
     assert config.server == {"name": "adam", "lr": 0.1}
 
 
+def test_a_setting_of_a_part_reads_1e_4_as_a_number(write: Any) -> None:
+    assert load(write(SMALL + "server: {name: adam, eps: 1e-4}\n")).server == {"name": "adam", "eps": 0.0001}
+
+
 def test_a_section_with_nothing_under_it_is_its_defaults(write: Any) -> None:
     assert load(write(SMALL + "train:\npacing:\n")) == load(write(SMALL))
 

@@ -300,6 +300,7 @@ def test_a_model_in_mlflow_holds_the_weights_their_lineage_and_their_score(
 ) -> None:
     for version in range(6):
         run.publish(version, judged=False)
+    follow(run.folder, home=home)
     run.judge(5, 1010.0)  # it came later
     follow(run.folder, home=home)
     sink = Sink(home=home)
@@ -463,7 +464,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _wait(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+def _wait(condition: Callable[[], bool], timeout_s: float = 90) -> None:
     until = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < until, "it did not happen in time"
@@ -501,7 +502,7 @@ def test_a_server_killed_and_started_again_has_everything_once(
     assert follower.behind() > 0
     assert slowest < 1.0  # the run did not wait for it
     second = server()
-    thread.join(timeout=40)
+    thread.join(timeout=90)
     assert not thread.is_alive()
     sink = Sink(second.address)
     assert follower.where().startswith(f"{second.address}/#/experiments/")

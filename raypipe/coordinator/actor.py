@@ -147,9 +147,7 @@ class Coordinator:
             handles: list[Handle] = [ray.put(first), ray.put(last)]
             ports = {s: p for s, p in shell.ports.items() if s in self._keeping and s != made.config.evaluate.central}
             kwargs = {"seed": made.config.seed, "epoch": made.epoch, "first": handles[0], "best": handles[1]}
-            table = await conclude(
-                ports, made.board, made.plan, alone=made.config.evaluate.alone, test=judge, **kwargs
-            )
+            table = await conclude(ports, made.board, made.plan, alone=made.config.evaluate.alone, test=judge, **kwargs)
         reason = made.ending(self._stop_reason)
         shared = [(r["shared"], r["images"]) for r in table if r["shared"] is not None]
         test = {made.board.metric: sum(a for a, _ in shared) / len(shared)} if shared else {}

@@ -169,4 +169,5 @@ class FlatModel:
         pairs = [(view, grad) for view, grad in zip(self._grads, grads, strict=True) if grad is not None]
         if len(pairs) < len(grads) and self.weights.grad is not None:
             self.weights.grad.zero_()
-        torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])
+        if pairs:
+            torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])

@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -21,16 +20,12 @@ from ray import exceptions as rex
 
 from raypipe.config.schema import Store
 from raypipe.errors import ConfigError, StoreError, StoreUnreachable
+from raypipe.placement.homes import stores_home
 from raypipe.placement.plan import missing, missing_advice, store_options
 from raypipe.store import messages as msg
 
 NAMESPACE = "raypipe"
 GONE = (rex.RayActorError, rex.ObjectLostError, rex.OwnerDiedError, rex.NodeDiedError, rex.RaySystemError)
-
-
-def stores_home() -> Path:
-    """Where this node keeps its stores' folders, a policy file in each: $RAYPIPE_STORES, else ~/.raypipe/stores."""
-    return Path(os.environ.get("RAYPIPE_STORES", "~/.raypipe/stores")).expanduser()
 
 
 @ray.remote(concurrency_groups={"control": 2}, max_restarts=0, max_task_retries=0)

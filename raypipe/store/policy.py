@@ -16,6 +16,7 @@ Messages name keys and what is asked for, never a folder: they may leave the sto
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
@@ -42,10 +43,9 @@ class DataSet(BaseModel):
     reader: str = "parquet"
 
 
-class Limits(BaseModel):
+@dataclass(frozen=True, slots=True)
+class Limits:
     """What a ticket may take, by ticket, plan and policy together; None: no limit by this."""
-
-    model_config = ConfigDict(frozen=True)
 
     batch_size: int
     max_steps: int | None

@@ -29,7 +29,8 @@ from raypipe.tasks import Task
 Stopped: TypeAlias = Literal["done", "budget", "control"]
 Clock: TypeAlias = Callable[[], float]
 CHECK_EVERY = 32  # steps between looks at whether the losses are finite: each look waits for a GPU
-EVALUATION_BATCH = 256
+EVALUATION_BATCH = 256  # images at most, and
+EVALUATION_PIXELS = 1 << 20  # at most so many, since activations of large images fill a memory
 
 
 class Control:
@@ -127,7 +128,8 @@ def evaluate(
     sums: dict[str, Tensor] = {}
     num = 0
     model.eval()
-    picks = in_order(images.num, EVALUATION_BATCH)
+    batch_size = max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // task.image_size**2))
+    picks = in_order(images.num, batch_size)
     with torch.inference_mode(), closing(images.batches(picks, model.device, max_bad_share)) as stream:
         for pixels, labels in stream:
             if control.stopped:

@@ -6,6 +6,6 @@ from raypipe.registry import Registry
 from raypipe.tasks.task import Loss, Task
 
 tasks: Registry[Task] = Registry("task", modules=("raypipe.tasks.classification",))
-losses: Registry[Loss] = Registry("loss", modules=("raypipe.tasks.losses",))
+losses: Registry[Loss] = Registry("loss", modules=("raypipe.tasks.criteria",))
 
 __all__ = ["Loss", "Task", "losses", "tasks"]

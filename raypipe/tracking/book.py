@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -10,15 +9,11 @@ from typing import Any, cast
 import numpy as np
 
 from raypipe.errors import ConfigError
+from raypipe.placement.homes import raypipe_home
 from raypipe.tracking.journal import Journal
 from raypipe.tracking.records import Kind
 from raypipe.tracking.versions import Retention, VersionStore
 from raypipe.types import Layout
-
-
-def raypipe_home() -> Path:
-    """Where runs live on this machine: $RAYPIPE_HOME, else ~/.raypipe; always absolute."""
-    return Path(os.environ.get("RAYPIPE_HOME") or Path.home() / ".raypipe").expanduser().absolute()
 
 
 def run_folder(run: str, home: Path | None = None) -> Path:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from raypipe.tracking.lineage import VersionRow
+
 PLAIN_LINES = 9  # progress lines at most where nobody watches live
 SHOWN_EVENTS = 6  # of stores that left, failed, ...; the rest is in the record
 
@@ -67,7 +69,18 @@ class Screen:
     def _table(self, phase: str, board: Mapping[str, Any] | None) -> Table:
         title = f"{self._title}   {phase}, {time.monotonic() - self._since:.0f} s"
         table = Table(title=title, title_justify="left", caption=_headline(board) if board else "", box=None)
-        for name in ("store", "state", "images", "base", "steps", "steps/s", "updates", "share", "staleness", "accuracy"):
+        for name in (
+            "store",
+            "state",
+            "images",
+            "base",
+            "steps",
+            "steps/s",
+            "updates",
+            "share",
+            "staleness",
+            "accuracy",
+        ):
             table.add_column(name, justify="left" if name in ("store", "state") else "right")
         for row in (board or {"rows": []})["rows"]:
             table.add_row(
@@ -97,10 +110,14 @@ def show_summary(console: Console, summary: Mapping[str, Any], next_command: str
     if test is not None:
         lines.append(f"shared model on the test set: {test:.1%}" + _against(test, alone))
     if summary["best_version"] is not None and board["best"]:
-        lines.append(f"best version: v{summary['best_version']} of {summary['versions']} ({board['best'][1]:.1%} on validation)")
+        lines.append(
+            f"best version: v{summary['best_version']} of {summary['versions']} ({board['best'][1]:.1%} on validation)"
+        )
     pooled = sum(row["data_bytes"] for row in table)
     if pooled:
-        lines.append(f"moved: {megabytes(board['bytes_total'])} both ways; pooling the images moves {megabytes(pooled)} once")
+        lines.append(
+            f"moved: {megabytes(board['bytes_total'])} both ways; pooling the images moves {megabytes(pooled)} once"
+        )
     lines += [f"record: {summary['folder']}", *_tracked(summary["mlflow"])]
     lines += [f"ended: {summary['reason']}", f"next: {next_command}"]
     for line in lines:
@@ -145,6 +162,20 @@ def _tracked(mlflow: Mapping[str, Any] | None) -> list[str]:
     if mlflow["done"]:
         return [f"MLflow: {mlflow['where']}"]
     return [f"MLflow is behind ({mlflow['trouble'] or 'busy'}): nothing is lost; later run: raypipe track last"]
+
+
+def versions_table(rows: Sequence[VersionRow]) -> Table:
+    """A row a version, newest last."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("version", "hash", "stores", "steps", "stale", "accuracy", "weights"):
+        table.add_column(name, justify="left" if name in ("hash", "weights") else "right", no_wrap=True)
+    for row in rows:
+        stale = "-" if row.staleness_mean is None else f"{row.staleness_mean:.2f}"
+        kept = "kept" if row.kept else "pruned"
+        marks = kept + (", promoted" if row.pinned else "") + (", best" if row.best else "")
+        cells = (f"v{row.version}", row.hash[:12], str(row.contributors), str(row.steps), stale)
+        table.add_row(*cells, _percent(row.accuracy), marks)
+    return table
 
 
 def megabytes(num_bytes: float) -> str:

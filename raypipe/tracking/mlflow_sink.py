@@ -6,7 +6,7 @@ safe to repeat is looked up first: creating runs and models is not idempotent, a
 with an error of a unique constraint. Metrics are, when their timestamp is the same.
 
 A dead server must be noticed in seconds and tried again by the caller, so the client's own retries (minutes) are
-off. The fluent API is not used: it asks for the whole run at each call, which grows with the number of versions.
+off. The fluent API is not used: it asks for the whole run at each call, which grows with the versions.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ for _key, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_UV_AUTO_DETECT": "false",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }.items():  # read when mlflow is imported
     os.environ.setdefault(_key, _value)
@@ -214,19 +215,15 @@ class Sink:
 
     def register(self, name: str, model_id: str, run_id: str) -> str:
         """The number of this run's registered version, made of its LoggedModel where it is missing."""
-        try:
+        if not self.client.search_registered_models(f"name = '{name}'", max_results=1):
             self.client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
         for found in self.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
             return str(found.version)
-        if self.remote:
-            source = f"models:/{model_id}"
-        else:  # MLflow would look that up in the process's default store, and would not link the model's page
+        source = f"models:/{model_id}"
+        if not self.remote:  # MLflow would look that up in the process's default store
             source = self.client.get_logged_model(model_id).artifact_location
         made = self.client.create_model_version(name, source, run_id=run_id, model_id=model_id)
-        if not self.remote:
+        if not self.remote:  # as a server does: the link on the model's page
             link = [{"name": name, "version": str(made.version)}]
             self.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps(link)})
         return str(made.version)
@@ -245,10 +242,7 @@ class Sink:
 
     def download(self, model_uri: str, folder: Path) -> Path:
         """The files of `models:/NAME@alias` or `models:/NAME/3` in a folder."""
-        place = download_artifacts(
-            artifact_uri=model_uri, dst_path=str(folder), tracking_uri=self.uri, registry_uri=self.uri
-        )
-        return Path(place)
+        return Path(download_artifacts(model_uri, dst_path=str(folder), tracking_uri=self.uri, registry_uri=self.uri))
 
     def load_torch(self, folder: Path) -> Any:
         """The module of a downloaded model that was promoted or logged by mlflow.pytorch."""
@@ -283,7 +277,7 @@ class Sink:
 
 
 def model_name(name: str) -> str:
-    """A LoggedModel's name may not hold dots or slashes; a run's may."""
+    """A LoggedModel's name may not hold a dot; a run's may."""
     return re.sub(r"[/:.%\"']", "-", name)
 
 

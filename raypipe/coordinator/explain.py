@@ -1,0 +1,66 @@
+"""A run in words and figures before it starts: what runs where, what moves, and when federating moves less."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raypipe.coordinator.policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of one message each way, of the coordinator's memory, and of an image as it lies on a store's disk."""
+
+    parameters: int
+    down_bytes: int
+    up_bytes: int
+    server_bytes: int
+    image_bytes: float
+    image_source: str  # where image_bytes is from
+
+
+def expected_versions(policy: Policy) -> int:
+    """At most so many versions; by the clock where tickets take equal time, else by the limit that is set."""
+    by_time = math.inf
+    if policy.max_seconds is not None and policy.budget_s is not None:
+        by_time = policy.max_seconds / policy.budget_s
+    return int(min(policy.max_versions or math.inf, max(1.0, by_time), 10**9))
+
+
+def pace_in_words(policy: Policy, num_stores: int) -> str:
+    """When a version is made, in one line."""
+    if policy.tick:
+        return f"tickets of {policy.budget_s:g} s, a version at each tick with who is there; late work joins the next"
+    if policy.refill == "on_arrival":
+        return f"a version after each {policy.buffer_size} stores' updates; a store gets new work when it hands over"
+    if policy.buffer_size is not None:
+        return f"a version when {policy.buffer_size} of {policy.cohort or num_stores} stores came; late work joins the next"
+    return "a version when all stores came, folded in store order"
+
+
+def explain(stores: Sequence[tuple[str, float, float]], policy: Policy, sizes: Sizes) -> list[str]:
+    """Lines for `raypipe check`; stores are (id, CPUs, GPUs)."""
+    n, versions = len(stores), expected_versions(policy)
+    bounded = versions < 10**9
+    lines = [f"{n} stores, {policy.quorum} must be there to start:"]
+    lines += [f"  {s:<16} on the node with store:{s}, {cpus:g} CPU, {gpus:g} GPU" for s, cpus, gpus in stores]
+    lines += [
+        f"pace: {pace_in_words(policy, n)}",
+        f"model: {sizes.parameters:,} parameters; {sizes.down_bytes / 1e6:.2f} MB down and {sizes.up_bytes / 1e6:.2f} MB "
+        "up for each update",
+        f"coordinator: {sizes.server_bytes / 1e6:.1f} MB for weights, server state and the open sum, for any number of stores",
+    ]
+    each = n * (sizes.down_bytes + sizes.up_bytes)
+    lines.append(
+        f"moves: at most {each / 1e6:.1f} MB a version"
+        + (f", {each * versions / 1e6:.1f} MB in {versions} versions" if bounded else "; no limit on versions is set")
+    )
+    break_even = each * (versions if bounded else 1) / sizes.image_bytes
+    what = f"all {versions} versions" if bounded else "one version"
+    lines.append(
+        f"less than pooling from {math.ceil(break_even):,} images on ({what}; {sizes.image_bytes:,.0f} bytes an image, "
+        f"{sizes.image_source})"
+    )
+    return lines

@@ -1,0 +1,291 @@
+"""A real federation on five raylets: exact arithmetic, faults, privacy, two runs side by side, a submitted job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, STORES, Place
+
+from raypipe.config.schema import RunConfig
+from raypipe.models.flat import initial
+from raypipe.models.tensors import vector_from
+from raypipe.run import compose, new_run_id
+from raypipe.tracking.book import run_folder
+from raypipe.tracking.journal import Journal
+from raypipe.tracking.versions import VersionStore
+
+pytestmark = pytest.mark.cluster
+
+
+class Federation:
+    """A run seen from a test: its coordinator, its record, its stores' processes."""
+
+    def __init__(self, cluster: Place, config: dict[str, Any]) -> None:
+        import ray
+
+        from raypipe.coordinator.actor import CoordinatorActor
+
+        self._ray = ray
+        self.run = new_run_id(config["name"], time.time())
+        said = RunConfig.model_validate(config).model_dump(mode="json")
+        self.actor = CoordinatorActor.remote(compose, said, self.run, str(cluster.home))  # type: ignore[attr-defined]
+        self.work = self.actor.work.remote()
+        self.folder = cluster.home / "runs" / self.run
+
+    def result(self, timeout_s: float = 120.0) -> dict[str, Any]:
+        return dict(self._ray.get(self.work, timeout=timeout_s))
+
+    def board(self) -> dict[str, Any]:
+        return dict(
+            self._ray.get(self.actor.progress.remote(0, 0.2), timeout=20)["board"] or {"rows": [], "version": 0}
+        )
+
+    def until(self, what: Any, timeout_s: float = 60.0) -> Any:
+        """The first truthy `what(board)`."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            if found := what(self.board()):
+                return found
+        raise AssertionError(f"not in {timeout_s:.0f} s; the board: {self.board()}")
+
+    def records(self, *kinds: Any) -> list[dict[str, Any]]:
+        return [r.body for r in Journal(self.folder / "journal.sqlite").read(kinds=kinds)]
+
+    def processes(self) -> dict[str, int]:
+        """Store -> process id of its newest actor in this run."""
+        from ray.util.state import list_actors
+
+        found = {}
+        for actor in list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", "StoreActor")], limit=1000):
+            if actor.name and actor.name.startswith(f"{self.run}/"):
+                found[actor.name.split("/")[1]] = actor.pid
+        return found
+
+
+@contextmanager
+def connected(cluster: Place) -> Iterator[None]:
+    from raypipe.placement.actor import connect, shut_down
+
+    connect(cluster.address)
+    try:
+        yield
+    finally:
+        shut_down()
+
+
+def state(board: dict[str, Any], store: str) -> str:
+    return next((row["state"] for row in board["rows"] if row["store"] == store), "")
+
+
+def test_wait_for_all_equals_ten_lines_of_fedavg_and_equal_seeds_give_equal_versions(cluster: Place) -> None:
+    config = cluster.config(stop={"max_versions": 2}, seed=11)
+    config["train"]["optimizer"] = {"name": "sgd", "momentum": 0.9}
+    with connected(cluster):
+        both = [Federation(cluster, config) for _ in range(2)]
+        for federation in both:
+            federation.result()
+    hashes = [[v["hash"] for v in f.records("version_published")] for f in both]
+    assert len(hashes[0]) == 3
+    assert hashes[0] == hashes[1]
+    said = RunConfig.model_validate(config)
+    layout, weights = initial(said.model, 10, 1, 28, said.seed)
+    for version in (1, 2):
+        weights = fedavg_by_hand(cluster, said, weights, version - 1)
+        stored = vector_from(layout, VersionStore(both[0].folder / "versions").read(version))
+        assert stored.tobytes() == weights.tobytes(), f"version {version} differs"
+
+
+def fedavg_by_hand(cluster: Place, config: RunConfig, base: np.ndarray, version: int) -> np.ndarray:
+    """Ten lines of FedAvg, with each store's training done by a plain site in this process."""
+    import torch
+
+    from raypipe.coordinator.shell import ticket_seed
+    from raypipe.store.messages import Plan, Ticket
+    from raypipe.store.site import Site
+
+    layout, _ = initial(config.model, 10, 1, 28, config.seed)
+    train = config.train
+    plan = Plan(
+        "by-hand", config.task, config.model, config.data, train.optimizer, train.lr, train.schedule,
+        train.batch_size, layout.fingerprint,
+    )  # fmt: skip
+    total, weight_sum = torch.zeros(layout.update_size), 0.0
+    for store in sorted(STORES):
+        site = Site(cluster.stores / store, cpus=0.2)
+        seed = ticket_seed(config.seed, store, version)
+        progress = (version / 2, version / 2)
+        ticket = Ticket(f"t{version}", store, 1, version, seed, progress, max_steps=train.local_steps)
+        report = site.train(ticket, plan, base)
+        total.add_(torch.from_numpy(site.collect(ticket.id, [])), alpha=float(report.num_train))
+        weight_sum += report.num_train
+    new = torch.from_numpy(base.copy())
+    new[layout.shared] += total.div_(weight_sum)[layout.shared]
+    return new.numpy()
+
+
+def test_a_frozen_a_killed_and_a_poisoned_store_hold_up_no_version(cluster: Place) -> None:
+    config = cluster.config(
+        pace="paced",
+        pacing={"budget_s": 0.5, "hung_s": 3, "heartbeat_s": 1, "max_failures": 2, "backoff_s": 0.2},
+        stop={"max_versions": None, "max_seconds": 40},
+        train={"local_steps": None},
+    )
+    with connected(cluster):
+        federation = Federation(cluster, config)
+        federation.until(lambda board: board["version"] >= 2)
+        processes = federation.processes()
+        assert sorted(processes) == STORES
+        os.kill(processes["shop-1"], signal.SIGSTOP)
+        os.kill(processes["shop-2"], signal.SIGKILL)
+        frozen_at = federation.board()["version"]
+        federation.until(lambda board: board["version"] >= frozen_at + 3)
+        federation.until(lambda board: state(board, "shop-2") in ("ready", "training"))
+        federation.until(lambda board: state(board, "shop-1") in ("ready", "training"))
+        summary = federation.result()
+    assert not Path(f"/proc/{processes['shop-1']}").exists(), "the frozen process was ended"
+    left = [body["store"] for body in federation.records("store_left")]
+    assert {"shop-1", "shop-2"} <= set(left)
+    versions = federation.records("version_published")
+    assert [v["version"] for v in versions] == list(range(summary["versions"] + 1))
+    late = [c["store"] for v in versions[-4:] for c in v["contributions"]]
+    assert {"shop-1", "shop-2"} & set(late), "who returns is taken in again"
+
+
+def test_stores_join_and_leave_while_it_runs(cluster: Place) -> None:
+    config = cluster.config(
+        pace="fedbuff", pacing={"buffer_size": 2, "quorum": 2}, stop={"max_versions": 400}, train={"local_steps": 2}
+    )
+    config["stores"] = [s for s in config["stores"] if s["id"] != "shop-5"]
+    import ray
+
+    with connected(cluster):
+        federation = Federation(cluster, config)
+        federation.until(lambda board: board["version"] >= 1)
+        ray.get(federation.actor.join.remote({"id": "shop-5", "cpus": 0.2}))
+        ray.get(federation.actor.leave.remote("shop-4"))
+        federation.until(lambda board: next((r["updates"] for r in board["rows"] if r["store"] == "shop-5"), 0) >= 2)
+        assert state(federation.board(), "shop-4") == "gone"
+        ray.get(federation.actor.stop.remote("seen enough"))
+        summary = federation.result()
+    assert summary["reason"] == "seen enough"
+    assert federation.records("run_finished")[0]["status"] == "killed"
+
+
+def test_what_a_store_holds_appears_nowhere_else_even_when_it_fails(cluster: Place) -> None:
+    canary = "CANARY-7f3a91"
+    _plant(cluster.stores / "shop-3", canary)
+    config = cluster.config(name="canary", stop={"max_versions": 2}, pacing={"max_failures": 1, "quorum": 4})
+    with connected(cluster):
+        federation = Federation(cluster, config)
+        printed = [str(federation.until(lambda board: board["version"] >= 1))]
+        printed += [str(federation.board()), str(federation.result())]
+    _unplant(cluster.stores / "shop-3", canary)
+    assert [r["store"] for r in federation.records("store_set_aside")] == ["shop-3"], "the planted store failed"
+    places = [p for p in [*cluster.home.rglob("*"), *(cluster.folder / "c").rglob("*")] if p.is_file()]
+    found = [p for p in places if canary.encode() in _content(p)]
+    assert len(places) > 20
+    assert found == []
+    assert all(canary not in text for text in printed)
+
+
+def _plant(store: Path, canary: str) -> None:
+    """A data set at another path that holds the canary in its folder's name, an image's bytes and a class name."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    policy = store / "policy.yaml"
+    (store / "policy.kept").write_text(policy.read_text())
+    (store / "data" / "products").rename(store / "data" / canary)
+    policy.write_text(policy.read_text().replace("data/products", f"data/{canary}"))
+    file = store / "data" / canary / "train.parquet"
+    table = pq.read_table(file)
+    images = table.column("image").to_pylist()
+    spoiled = [canary.encode() + image[:20] for image in images]  # unreadable, all of them
+    column = pa.array(spoiled, pa.binary()).cast(table.schema.field("image").type)
+    table = table.set_column(table.schema.get_field_index("image"), table.schema.field("image"), column)
+    (store / "data" / canary / "train.kept").write_bytes(file.read_bytes())
+    pq.write_table(table.replace_schema_metadata(table.schema.metadata), file)
+
+
+def _unplant(store: Path, canary: str) -> None:
+    folder = store / "data" / canary
+    (folder / "train.kept").rename(folder / "train.parquet")
+    folder.rename(store / "data" / "products")
+    (store / "policy.kept").rename(store / "policy.yaml")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_store_whose_node_is_missing_pends_and_is_named(cluster: Place) -> None:
+    config = cluster.config(pacing={"quorum": 6, "join_s": 26})
+    config["stores"] += [{"id": "shop-9", "cpus": 0.2}]
+    with connected(cluster):
+        from ray.util.state import list_actors
+
+        federation = Federation(cluster, config)
+        federation.until(lambda board: any("shop-9" in line for line in board["lines"]))
+        states = {a.name.split("/")[1]: a.state for a in list_actors(limit=1000) if a.name.startswith(federation.run)}
+        summary = federation.result()
+    assert states.pop("shop-9") == "PENDING_CREATION", "it runs nowhere else"
+    assert set(states.values()) == {"ALIVE"}
+    assert summary["status"] == "failed"
+    (missing,) = [r["reason"] for r in federation.records("store_missing")]
+    assert "no node offers store:shop-9" in missing
+    assert "ray start" in missing
+
+
+def test_the_main_job_through_ray_job_submit_while_another_federation_shares_the_stores(
+    cluster: Place, tmp_path: Path
+) -> None:
+    config = cluster.config(name="submitted", stop={"max_versions": 3}, evaluate={"test": True, "alone": True})
+    file = ROOT / "configs" / ".submitted.yaml"
+    other = cluster.config(name="beside", stop={"max_versions": 3})
+    beside: dict[str, Any] = {}
+
+    def run_beside() -> None:
+        written = tmp_path / "beside.yaml"
+        written.write_text(yaml.safe_dump(other))
+        command = [sys.executable, "jobs/federate.py", str(written), "--address", cluster.address]
+        beside["done"] = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+
+    thread = threading.Thread(target=run_beside)
+    try:
+        file.write_text(yaml.safe_dump(config))
+        thread.start()
+        command = [str(ROOT / ".venv/bin/ray"), "job", "submit", "--address", cluster.jobs, "--working-dir", ".", "--"]
+        command += ["python", "jobs/federate.py", "configs/.submitted.yaml"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    finally:
+        file.unlink()
+        thread.join()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "shared model on the test set" in done.stdout
+    assert beside["done"].returncode == 0, beside["done"].stderr
+    for name in ("submitted", "beside"):
+        folders = sorted((cluster.home / "runs").glob(f"{name}-*"))
+        finished = [r.body for r in Journal(folders[-1] / "journal.sqlite").read(kinds=["run_finished"])]
+        assert finished[0]["versions"] == 3
+    points = sqlite3.connect(cluster.home / "mlflow.db").execute(
+        "select count(distinct m.step) from metrics m join runs r on r.run_uuid = m.run_uuid"
+        " where m.key = 'fed/contributors' and r.name like 'submitted%'"
+    )
+    assert points.fetchone()[0] == 4, "every version is a step in MLflow"
+    assert run_folder("last", cluster.home).name.split("-")[0] in ("submitted", "beside")
