@@ -53,9 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     data = verb("data", _data, "make private store data sets from a sample")
     configured(data)
     data.add_argument("--out", type=Path, help="default: $RAYPIPE_STORES, else ~/.raypipe/stores")
-    data.add_argument(
-        "--source", help="a folder with the full data set's .gz files, or 'download'; default: bundled sample"
-    )
+    data.add_argument("--source", help="the full data set: its folder, or 'download'; default: bundled sample")
     versions = verb("versions", _versions, "list a run's versions")
     versions.add_argument("which", metavar="RUN", help="a run's id, or 'last'")
     promote = verb("promote", _promote, "register a version and give it an alias")

@@ -90,8 +90,8 @@ def _watch(config: RunConfig, run: str, home: str | None, screen: Screen) -> dic
     from raypipe.placement.actor import NAMESPACE
 
     options = {"name": f"coordinator/{run}", "namespace": NAMESPACE, **on_head()}
-    actor = CoordinatorActor.options(**options).remote(compose, to_dict(config), run, home)  # type: ignore[attr-defined]
-    work = actor.work.remote()
+    actor: Any = CoordinatorActor.options(**options).remote(compose, to_dict(config), run, home)
+    work: Any = actor.work.remote()
     stop = _StopKey(lambda: actor.stop.remote("stopped by hand"))
     try:
         with stop:

@@ -7,10 +7,8 @@ asks for no CPU, and keeps its run's folder there.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -58,8 +56,7 @@ class Coordinator:
             if made.config.evaluate.central:
                 self._keep(Store(id=made.config.evaluate.central))
             self._phase = "waiting for stores"
-            finish = await self._race(drive(made.machine, self._perform, shell.inbox, shell.clock), background[0])
-            del finish
+            await self._race(drive(made.machine, self._perform, shell.inbox, shell.clock), background[0])
             return await self._close(made)
         finally:
             for task in [*background, *self._keeping.values()]:
@@ -183,14 +180,10 @@ def _beside_me() -> dict[str, Any]:
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
-CoordinatorActor = ray.remote(num_cpus=0, max_restarts=0)(Coordinator)
+CoordinatorActor: Any = ray.remote(num_cpus=0, max_restarts=0)(Coordinator)
 HEAD = {"node:__internal_head__": 0.001}
 
 
 def on_head() -> dict[str, Any]:
     """Options that pin the coordinator to the head, whose disk keeps the run."""
     return {"resources": HEAD} if ray.cluster_resources().get("node:__internal_head__") else {}
-
-
-logging.getLogger("ray").setLevel(logging.ERROR)
-_ = Path

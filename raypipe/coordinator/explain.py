@@ -36,7 +36,8 @@ def pace_in_words(policy: Policy, num_stores: int) -> str:
     if policy.refill == "on_arrival":
         return f"a version after each {policy.buffer_size} stores' updates; a store gets new work when it hands over"
     if policy.buffer_size is not None:
-        return f"a version when {policy.buffer_size} of {policy.cohort or num_stores} stores came; late work joins the next"
+        cohort = policy.cohort or num_stores
+        return f"a version when {policy.buffer_size} of {cohort} stores came; late work joins the next"
     return "a version when all stores came, folded in store order"
 
 
@@ -48,9 +49,10 @@ def explain(stores: Sequence[tuple[str, float, float]], policy: Policy, sizes: S
     lines += [f"  {s:<16} on the node with store:{s}, {cpus:g} CPU, {gpus:g} GPU" for s, cpus, gpus in stores]
     lines += [
         f"pace: {pace_in_words(policy, n)}",
-        f"model: {sizes.parameters:,} parameters; {sizes.down_bytes / 1e6:.2f} MB down and {sizes.up_bytes / 1e6:.2f} MB "
-        "up for each update",
-        f"coordinator: {sizes.server_bytes / 1e6:.1f} MB for weights, server state and the open sum, for any number of stores",
+        f"model: {sizes.parameters:,} parameters; for each update {sizes.down_bytes / 1e6:.2f} MB down and "
+        f"{sizes.up_bytes / 1e6:.2f} MB up",
+        f"coordinator: {sizes.server_bytes / 1e6:.1f} MB for weights, server state and the open sum, for any number of "
+        "stores",
     ]
     each = n * (sizes.down_bytes + sizes.up_bytes)
     lines.append(

@@ -56,6 +56,8 @@ class Policy:
 def pace(name: str, num_stores: int, overrides: dict[str, Any]) -> Policy:
     """The policy that a pace's name stands for, with what the configuration says on top (None: not said)."""
     given = {key: value for key, value in overrides.items() if value is not None}
+    if name != "paced":  # there a ticket's work is given, not its time; a deadline bounds it
+        given.pop("budget_s", None)
     concurrency = given.get("concurrency") or num_stores
     presets: dict[str, Policy] = {
         "paced": Policy(refill="on_publish", tick=True, weigh="steps", budget_s=10.0),

@@ -19,7 +19,7 @@ import ray
 from ray import exceptions as rex
 
 from raypipe.config.schema import Store
-from raypipe.errors import ConfigError, StoreError, StoreUnreachable
+from raypipe.errors import ConfigError, StoreError, StoreRefused, StoreUnreachable
 from raypipe.placement.homes import stores_home
 from raypipe.placement.plan import missing, missing_advice, store_options
 from raypipe.store import messages as msg
@@ -28,8 +28,7 @@ NAMESPACE = "raypipe"
 GONE = (rex.RayActorError, rex.ObjectLostError, rex.OwnerDiedError, rex.NodeDiedError, rex.RaySystemError)
 
 
-@ray.remote(concurrency_groups={"control": 2}, max_restarts=0, max_task_retries=0)
-class StoreActor:
+class SiteActor:
     """A site behind Ray. Every answer is bytes of the store protocol, or a vector."""
 
     def __init__(self, store: str, cpus: float, gpus: float, slowdown: float) -> None:
@@ -38,14 +37,14 @@ class StoreActor:
         self._site: Any = None
 
     def describe(self) -> bytes:
-        return self._answer("describe", lambda site: msg.encode(site.describe()))
+        return cast(bytes, self._answer("describe", lambda site: msg.encode(site.describe())))
 
     def train(self, ticket: bytes, plan: bytes, weights: np.ndarray) -> bytes:
         def run(site: Any) -> bytes:
             asked, how = msg.expect(msg.Ticket, ticket), msg.expect(msg.Plan, plan)
             return msg.encode(site.train(asked, how, weights))
 
-        return self._answer("train", run)
+        return cast(bytes, self._answer("train", run))
 
     def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray | bytes:
         return cast("np.ndarray | bytes", self._answer("collect", lambda site: site.collect(ticket, how)))
@@ -57,7 +56,7 @@ class StoreActor:
         def run(site: Any) -> bytes:
             return msg.encode(site.evaluate(msg.expect(msg.Plan, plan), weights, split))
 
-        return self._answer("evaluate", run)
+        return cast(bytes, self._answer("evaluate", run))
 
     @ray.method(concurrency_group="control")
     def control(self, ticket: str, command: msg.Command) -> None:
@@ -79,13 +78,17 @@ class StoreActor:
         except ConfigError as error:
             return self._refusal("refused", error.message.splitlines()[0])
         except StoreError as error:
-            return self._refusal("refused" if isinstance(error, msg.StoreRefused) else "failed", error.message)
+            return self._refusal("refused" if isinstance(error, StoreRefused) else "failed", error.message)
         except Exception as error:  # the shell: whatever it is, it must not carry private data out
             logging.getLogger(f"raypipe.site.{self._store}").exception("%s failed", method)
             return self._refusal("failed", safe_reason(error, method))
 
     def _refusal(self, kind: Any, reason: str) -> bytes:
         return msg.encode(msg.Refusal(self._store, kind, reason))
+
+
+_with_options: Any = ray.remote  # its stubs do not know concurrency groups
+StoreActor: Any = _with_options(concurrency_groups={"control": 2}, max_restarts=0, max_task_retries=0)(SiteActor)
 
 
 def _make_site(store: str, cpus: float, gpus: float, slowdown: float) -> Any:
@@ -120,7 +123,7 @@ class StoreClient:
         self._lives += 1
         options = store_options(self.store.id, self.store.cpus, self.store.gpus)
         name = f"{self._name}/{self._lives}"
-        self._actor = StoreActor.options(name=name, namespace=NAMESPACE, **options).remote(  # type: ignore[attr-defined]
+        self._actor = StoreActor.options(name=name, namespace=NAMESPACE, **options).remote(
             self.store.id, self.store.cpus, self.store.gpus, self.store.slowdown
         )
         card = msg.expect(msg.Card, await self._ask("describe"))
