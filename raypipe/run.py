@@ -9,7 +9,7 @@ import hashlib
 import random
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from raypipe.errors import ConfigError, did_you_mean
 from raypipe.models import models
 from raypipe.models.tensors import vector_from
 from raypipe.placement.homes import raypipe_home
+from raypipe.registry import Registry
 from raypipe.store.messages import Plan
 from raypipe.store.optimizers import optimizers
 from raypipe.store.schedules import schedules
@@ -39,41 +40,53 @@ from raypipe.tracking.book import RunBook
 from raypipe.types import Role
 from raypipe.update.codec import codecs, encoded_bytes
 
+METRICS = ("accuracy", "loss")
+
 
 def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """A configuration whose every part exists and fits. Raises ConfigError with all problems, a line each."""
-    config = load(path, overrides)
-    problems = part_problems(config)
-    if problems:
-        raise ConfigError(problems)
-    return config
-
-
-def part_problems(config: RunConfig) -> list[str]:
-    """What the registries say about the parts that a configuration names."""
-    from raypipe.aggregation.transforms import transforms
-
-    problems = [
-        *tasks.problems(config.task, "task"),
-        *models.problems(config.model, "model"),
-        *optimizers.problems(config.train.optimizer, "train.optimizer"),
-        *schedules.problems(config.train.schedule, "train.schedule"),
-        *transforms.problems(config.server, "server"),
-        *staleness.problems(config.pacing.staleness, "pacing.staleness"),
-        *(splits.problems(config.local.split, "local.split") if config.local else []),
-    ]
-    for place, codec in enumerate(config.update):
-        problems += codecs.problems(codec, f"update.{place}")
-    known = ("accuracy", "loss")
-    if config.evaluate.metric not in known:
-        problems.append(
-            f"evaluate.metric: no metric {config.evaluate.metric!r}.{did_you_mean(config.evaluate.metric, known)}"
-        )
+    config = load(path, overrides, part_problems)
     try:
         policy_of(config)
     except ValueError as error:
-        problems.append(f"pacing: {error}")
+        raise ConfigError(f"pacing: {error}") from None
+    return config
+
+
+def part_problems(said: Mapping[str, Any]) -> list[str]:
+    """What the registries say about the parts that a configuration, as plain data, names."""
+    from raypipe.aggregation.transforms import transforms
+
+    registries: dict[str, Registry[Any]] = {
+        "task": tasks,
+        "model": models,
+        "train.optimizer": optimizers,
+        "train.schedule": schedules,
+        "server": transforms,
+        "pacing.staleness": staleness,
+        "local.split": splits,
+    }
+    problems = []
+    for key, registry in registries.items():
+        value: Any = said
+        for step in key.split("."):
+            value = value.get(step) if isinstance(value, Mapping) else None
+        problems += _part_problems(registry, value, key)
+    codec_list = said.get("update")
+    for place, codec in enumerate(codec_list if isinstance(codec_list, list) else []):
+        problems += _part_problems(codecs, codec, f"update.{place}")
+    judged = said.get("evaluate")
+    metric = judged.get("metric", METRICS[0]) if isinstance(judged, Mapping) else METRICS[0]
+    if metric not in METRICS:
+        problems.append(f"evaluate.metric: no metric {metric!r}.{did_you_mean(str(metric), METRICS)}")
     return problems
+
+
+def _part_problems(registry: Registry[Any], value: Any, key: str) -> list[str]:
+    part = {"name": value} if isinstance(value, str) else value
+    if not isinstance(part, Mapping) or not isinstance(part.get("name"), str):
+        return []  # not said, or not a part at all: the schema has said so
+    return registry.problems(part, key)
 
 
 def policy_of(config: RunConfig) -> Policy:

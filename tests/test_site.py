@@ -227,19 +227,29 @@ def test_the_upload_limit_holds_for_what_travels(tmp_path: Path) -> None:
     case.site.collect("t1", [{"name": "float16"}])
 
 
+@optimizers("to_infinity")
+def to_infinity() -> Callable[[torch.nn.Parameter], torch.optim.Optimizer]:
+    class ToInfinity(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            self.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+    return lambda weights: ToInfinity([weights], lr=0.0)
+
+
 REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "unknown data": ({}, {"data": "product"}, "no data set named 'product' is offered. Did you mean 'products'?"),
     "task": ({}, {"task": {"name": "detection"}}, "does not allow task 'detection'. Allowed: classification."),
     "model": ({}, {"model": {"name": "resnet50"}}, "does not allow model 'resnet50'. Allowed: resnet18, small_cnn."),
     "layout": ({}, {"layout": "0" * 16}, "another layout than the plan's"),
     "batch": ({}, {"batch_size": 0}, "batch_size is at least 1, found 0"),
-    "lr": ({}, {"lr": float("nan")}, "lr is above 0 and finite, found nan"),
+    "lr": ({}, {"lr": float("nan")}, "lr is above 0 and at most 1e+06, found nan"),
     "no end": ({"max_epochs": None}, {}, "the ticket has no end"),
     "negative": ({"max_steps": 0}, {}, "are above 0"),
     "store": ({"store": "north"}, {}, "for store 'north', this is 'south'"),
     "split": ({"evaluate": "vaildation"}, {}, "Did you mean 'validation'?"),
     "classes": ({}, {"task": {**TASK, "classes": ["boots", "hats", "gloves"]}}, "outside the task's 3 classes"),
-    "diverged": ({"max_epochs": 20}, {"lr": 1e30}, "lower lr"),
+    "diverged": ({"max_epochs": 20}, {"lr": 1e6}, "the loss is not finite at step "),
+    "infinite": ({"max_steps": 1}, {"optimizer": {"name": "to_infinity"}}, "the update is not finite after 1 steps"),
 }
 
 
@@ -316,6 +326,21 @@ def test_evaluation_sums_are_those_of_the_base_version(case: Case) -> None:
     assert metrics({}, 0) == {}
 
 
+def test_an_evaluation_adds_its_batches_up(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = case.site.evaluate(case.plan, case.weights, "validation")
+    monkeypatch.setattr("raypipe.store.trainer.EVALUATION_BATCH", 8)
+    parts = case.site.evaluate(case.plan, case.weights, "validation")
+    assert parts.num_examples == 30
+    assert parts.sums["accuracy"] == whole.sums["accuracy"]
+    assert parts.sums["loss"] == pytest.approx(whole.sums["loss"], rel=1e-5)
+
+
+def test_a_stopped_ticket_does_not_evaluate_on(case: Case) -> None:
+    case.site.control("t1", "stop")
+    report = case.train({"evaluate": "validation"})
+    assert (report.evaluation, report.steps, report.stopped) == (None, 1, "control")
+
+
 def test_judging_leaves_nothing_to_collect_and_sees_the_trained_model(tmp_path: Path) -> None:
     case = Case(tmp_path / "south", site={"slowdown": 1000.0})
     report = case.train({"max_epochs": 12, "judge": "validation"})
@@ -349,7 +374,12 @@ def test_every_schedule_stays_between_nought_and_one(name: str) -> None:
     assert all(0 <= value <= 1 for value in values)
 
 
-@pytest.mark.parametrize("name", optimizers.names())
+def test_warm_up_never_stands_still() -> None:
+    schedule = schedules.build({"name": "cosine", "warmup_fraction": 0.2, "final_fraction": 0.1})
+    assert [schedule(at) for at in (0.0, 0.1, 0.2, 1.0)] == pytest.approx([0.01, 0.5, 1.0, 0.1])
+
+
+@pytest.mark.parametrize("name", sorted({*optimizers.names()} - {"to_infinity"}))
 def test_every_optimizer_learns(case: Case, name: str) -> None:
     plan = {"optimizer": {"name": name}, "lr": 0.1 if name == "sgd" else 0.01}
     report = case.train({"max_epochs": 10, "judge": "validation"}, **plan)
@@ -357,7 +387,9 @@ def test_every_optimizer_learns(case: Case, name: str) -> None:
     assert metrics(report.evaluation.sums, 30)["accuracy"] > 0.9
 
 
-def test_nothing_of_the_data_leaves_by_an_accident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_nothing_of_the_data_leaves_by_an_accident(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, caplog: Any
+) -> None:
     case = Case(tmp_path / "south")
     secret = f"canary-coat 2 {tmp_path} \x89PNG"
 
@@ -371,7 +403,7 @@ def test_nothing_of_the_data_leaves_by_an_accident(tmp_path: Path, monkeypatch: 
     assert refusal.reason == "unexpected RuntimeError in train; the store's own log has it"
     assert refusal.kind == "failed"
     assert "canary-coat" in (tmp_path / "south" / "site.log").read_text()
-    assert "canary" not in "".join(capfd.readouterr())
+    assert "canary" not in "".join(capfd.readouterr()) + caplog.text
     assert safe_reason(MemoryError(secret), "train").startswith("out of memory in train")
 
 

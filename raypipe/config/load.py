@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, get_args
@@ -22,11 +22,14 @@ from raypipe.registry import dotted, phrase
 MAX_DEPTH = 32  # of nested keys; also what ends an alias that holds itself
 
 
-def load(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+def load(
+    path: Path | None, overrides: Sequence[str] = (), parts: Callable[[Mapping[str, Any]], list[str]] | None = None
+) -> RunConfig:
     """The configuration of a file (None: overrides alone), with `key.key=value` overrides on top.
 
     An override's value is YAML; a store may be named by its id: `stores.mall.cpus=2`.
-    Raises ConfigError with every problem.
+    `parts` says what is wrong with the parts named in the plain dict, `key: problem` each; rooms know, this one does
+    not. Raises ConfigError with every problem.
     """
     source = path.name if path else "configuration"
     raw, problems = ({}, []) if path is None else _read(path)
@@ -41,14 +44,17 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         if value is None and _section(key):
             raw[key] = {}  # `train:` with nothing under it
     try:
-        config = RunConfig.model_validate(raw)
+        config: RunConfig | None = RunConfig.model_validate(raw)
     except ValidationError as error:
+        config = None
         found = [(e["loc"], _line(e)) for e in error.errors()]
         if ("stores",) not in [loc for loc, _ in found] and (twice := _twice(raw)):
             found.append((("stores",), f"stores: ids must differ, found twice: {', '.join(twice)}"))
         problems += [f"{'--set' if _was_said(dotted(*loc), said) else source}: {line}" for loc, line in found]
-        raise ConfigError(problems) from None
-    if problems:
+    if parts is not None:
+        about = parts(raw)
+        problems += [f"{'--set' if _was_said(line.partition(':')[0], said) else source}: {line}" for line in about]
+    if problems or config is None:
         raise ConfigError(problems)
     return config
 

@@ -15,7 +15,6 @@ Messages name keys and what is asked for, never a folder: they may leave the sto
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias, TypeVar
@@ -28,6 +27,7 @@ from raypipe.errors import ConfigError, StoreRefused, did_you_mean
 from raypipe.store.messages import Plan, Ticket
 
 FILE = "policy.yaml"
+MAX_LR = 1e6  # beyond float32's range torch raises, far below it weights do not stay finite
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count: TypeAlias = Annotated[int, Field(ge=1)]
 Name: TypeAlias = Annotated[str, Field(pattern=NAME.pattern)]
@@ -85,8 +85,8 @@ class Policy(BaseModel):
                 raise StoreRefused(f"the store's policy does not allow {kind} {name!r}. Allowed: {listed}.")
         if plan.batch_size < 1:
             raise StoreRefused(f"batch_size is at least 1, found {plan.batch_size}")
-        if not (plan.lr > 0 and math.isfinite(plan.lr)):
-            raise StoreRefused(f"lr is above 0 and finite, found {plan.lr}")
+        if not 0 < plan.lr <= MAX_LR:
+            raise StoreRefused(f"lr is above 0 and at most {MAX_LR:g}, found {plan.lr}")
 
     def admit(self, ticket: Ticket, plan: Plan) -> Limits:
         """What the ticket may take. Raises StoreRefused; a limit above the policy's is cut to it, not refused."""
