@@ -26,6 +26,7 @@ from raypipe.coordinator.state import Member, Phase, Scores, Ticket
 
 CLOSING_S = 30.0  # for the last judgement, before the run finishes without it
 FIRST_S = 3600.0  # for a first ticket without a deadline: nothing is known of the store's speed
+WARM_UP_S = 60.0  # more patience until a store that joined has handed over once: it imports, builds and decodes
 MAX_IN_ONE_SUM = 2  # a fast store's share of one buffer when slots are refilled on arrival
 
 
@@ -115,7 +116,8 @@ class Coordinator:
         member = self.members.setdefault(event.store, Member(event.store))
         if not member.restarting:  # it came back from outside: a new chance
             member.aside, member.failures, member.retry_at = "", 0, at
-        member.present, member.restarting, member.num_train = True, False, event.num_train
+        member.present, member.restarting, member.warm = True, False, False
+        member.num_train = event.num_train
         return []
 
     def _left(self, store: str, reason: str) -> list[do.Action]:
@@ -168,7 +170,7 @@ class Coordinator:
             return
         ticket.phase, ticket.num_bytes = Phase.ARRIVED, event.num_bytes
         member = self.members[ticket.store]
-        member.last_s = event.at - ticket.issued_at
+        member.warm, member.last_s = True, event.at - ticket.issued_at
         member.overhead_s = max(0.0, member.last_s - ticket.seconds)
 
     def _failed(self, event: ev.TrainingFailed, at: float) -> list[do.Action]:
@@ -334,6 +336,7 @@ class Coordinator:
         if policy.max_seconds is not None and self.started_at is not None and budget is not None:
             budget = max(0.1 * budget, min(budget, self.started_at + policy.max_seconds - at))
         due = policy.deadline_s if policy.deadline_s is not None else (1.25 * budget + 0.5 if budget else math.inf)
+        warm_up = 0.0 if member.warm else WARM_UP_S
         patience = due if math.isfinite(due) else (10 * member.last_s if member.last_s else FIRST_S)
         progress = self.progress(at)
         ticket = Ticket(
@@ -342,7 +345,7 @@ class Coordinator:
             self.version,
             at,
             at + due,
-            at + patience + policy.hung_s,
+            at + patience + policy.hung_s + warm_up,
         )
         self.tickets[ticket.id] = ticket
         self.cohort = [s for s in self.cohort if s != member.id]

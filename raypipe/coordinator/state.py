@@ -49,6 +49,7 @@ class Member:
     aside: str = ""  # why it is set aside; empty when it is not
     failures: int = 0  # in a row
     retry_at: float = -math.inf
+    warm: bool = False  # it has handed over since it joined
     restarting: bool = False  # we ended its process ourselves
     issued: int = 0
     last_issued_at: float = -1.0
