@@ -11,7 +11,8 @@ import numpy as np
 from raypipe.errors import ConfigError
 from raypipe.placement.homes import raypipe_home
 from raypipe.tracking.journal import Journal
-from raypipe.tracking.records import Kind
+from raypipe.tracking.lineage import model_card
+from raypipe.tracking.records import Kind, RunStarted
 from raypipe.tracking.versions import Retention, VersionStore
 from raypipe.types import Layout
 
@@ -37,19 +38,24 @@ class RunBook:
         self.versions = VersionStore(folder / "versions")
         self._journal = Journal(folder / "journal.sqlite", write=True)
         self._last, self._every, self._wall = keep_last, keep_every, wall
+        self._started: RunStarted | None = None
 
     def record(self, kind: str, body: Mapping[str, Any]) -> None:
         """Durable when it returns. Raises RunError."""
         self._journal.append(cast(Kind, kind), body, self._wall())
+        if kind == "run_started":
+            self._started = cast(RunStarted, body)
 
     def keep(self, version: int, vector: np.ndarray, layout: Layout) -> tuple[str, str, int]:
-        """Write a version's weights, durably: (file, sha256, bytes). Raises RunError."""
-        stored = self.versions.write(version, vector, layout, {"version": version})
+        """Write a version's weights with what they belong to, durably: (file, sha256, bytes). Raises RunError."""
+        card = model_card(self._started, version) if self._started else {}
+        stored = self.versions.write(version, vector, layout, card)
         return stored.file, stored.hash, stored.num_bytes
 
     def prune(self, newest: int, best: int | None) -> None:
         """Remove the weights that the rule does not keep."""
-        self.versions.prune(Retention(self._last, self._every, best))
+        unjudged = frozenset({newest - 1, newest - 2})
+        self.versions.prune(Retention(self._last, self._every, best, unjudged))
 
     def close(self) -> None:
         """Idempotent."""
