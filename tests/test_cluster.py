@@ -69,7 +69,7 @@ class Federation:
         from ray.util.state import list_actors
 
         found = {}
-        for actor in list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", "StoreActor")], limit=1000):
+        for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000):
             if actor.name and actor.name.startswith(f"{self.run}/"):
                 found[actor.name.split("/")[1]] = actor.pid
         return found
@@ -112,8 +112,8 @@ def fedavg_by_hand(cluster: Place, config: RunConfig, base: np.ndarray, version:
     """Ten lines of FedAvg, with each store's training done by a plain site in this process."""
     import torch
 
-    from raypipe.coordinator.shell import ticket_seed
     from raypipe.store.messages import Plan, Ticket
+    from raypipe.store.seeds import ticket_seed
     from raypipe.store.site import Site
 
     layout, _ = initial(config.model, 10, 1, 28, config.seed)

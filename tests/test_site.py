@@ -23,8 +23,9 @@ from raypipe.models.flat import flatten, initial, state_dict_from
 from raypipe.store.messages import Plan, Ticket, Verdict, encode
 from raypipe.store.optimizers import optimizers
 from raypipe.store.policy import read_policy
+from raypipe.store.safety import safe_reason
 from raypipe.store.schedules import schedules
-from raypipe.store.site import Site, safe_reason
+from raypipe.store.site import Site
 from raypipe.tasks.metrics import metrics
 from raypipe.types import Layout, Role
 

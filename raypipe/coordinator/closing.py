@@ -6,9 +6,10 @@ import asyncio
 from typing import Any
 
 from raypipe.coordinator.board import Board
-from raypipe.coordinator.shell import Handle, Port, ticket_seed
+from raypipe.coordinator.shell import Handle, Port
 from raypipe.errors import StoreError
 from raypipe.store import messages as msg
+from raypipe.store.seeds import ticket_seed
 from raypipe.tasks.metrics import metrics
 
 PATIENCE_S = 600.0  # for all stores together
@@ -42,7 +43,7 @@ async def conclude(
             store=store,
             epoch=epoch,
             version=0,
-            seed=ticket_seed(seed, store, -1),
+            seed=ticket_seed(seed, f"{store}/alone", 0),
             progress=(0.0, 1.0),
             max_steps=steps,
             judge="test",

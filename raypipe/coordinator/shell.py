@@ -9,7 +9,6 @@ its Published event, and nobody is told of it earlier.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from raypipe.coordinator import events as ev
 from raypipe.coordinator.board import Board
 from raypipe.errors import ConfigError, StoreError, StoreRefused
 from raypipe.store import messages as msg
+from raypipe.store.seeds import ticket_seed
 from raypipe.tasks.metrics import metrics
 from raypipe.types import Layout
 
@@ -328,11 +328,6 @@ class Shell:
         nothing = {"elapsed_s": 0.0, "seconds": 0.0, "contributions": [], "bytes_up": 0, "bytes_down": 0}
         self.record("version_published", {**facts, **nothing, "bytes_total": 0, "step_norm": 0.0})
         self._handles[0] = self.put(self.model.vector)
-
-
-def ticket_seed(seed: int, store: str, version: int) -> int:
-    """Of the run's seed, the store and the base version: a ticket tried again is the same work again."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{store}/{version}".encode()).digest()[:7], "little")
 
 
 def _bare(error: StoreError | ConfigError, store: str) -> str:

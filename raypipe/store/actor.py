@@ -8,7 +8,6 @@ goes wrong inside leaves as a Refusal of one safe line; details go to the store'
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 from collections.abc import Callable
@@ -19,10 +18,11 @@ import ray
 from ray import exceptions as rex
 
 from raypipe.config.schema import Store
-from raypipe.errors import ConfigError, StoreError, StoreRefused, StoreUnreachable
+from raypipe.errors import StoreError, StoreUnreachable
 from raypipe.placement.homes import stores_home
 from raypipe.placement.plan import missing, missing_advice, store_options
 from raypipe.store import messages as msg
+from raypipe.store.safety import refusal, site_log
 
 NAMESPACE = "raypipe"
 GONE = (rex.RayActorError, rex.ObjectLostError, rex.OwnerDiedError, rex.NodeDiedError, rex.RaySystemError)
@@ -35,6 +35,7 @@ class SiteActor:
         self._store = store
         self._make = lambda: _make_site(store, cpus, gpus, slowdown)
         self._site: Any = None
+        self._log = site_log(stores_home() / store, store)
 
     def describe(self) -> bytes:
         return cast(bytes, self._answer("describe", lambda site: msg.encode(site.describe())))
@@ -69,22 +70,12 @@ class SiteActor:
 
     def _answer(self, method: str, run: Callable[[Any], Any]) -> Any:
         """Run one method of the site; nothing but a safe line leaves when it fails."""
-        from raypipe.store.site import safe_reason
-
         try:
             if self._site is None:
                 self._site = self._make()
             return run(self._site)
-        except ConfigError as error:
-            return self._refusal("refused", error.message.splitlines()[0])
-        except StoreError as error:
-            return self._refusal("refused" if isinstance(error, StoreRefused) else "failed", error.message)
-        except Exception as error:  # the shell: whatever it is, it must not carry private data out
-            logging.getLogger(f"raypipe.site.{self._store}").exception("%s failed", method)
-            return self._refusal("failed", safe_reason(error, method))
-
-    def _refusal(self, kind: Any, reason: str) -> bytes:
-        return msg.encode(msg.Refusal(self._store, kind, reason))
+        except Exception as error:  # noqa: BLE001  the shell: whatever it is, it must not carry private data out
+            return msg.encode(refusal(error, self._store, method, self._log))
 
 
 _with_options: Any = ray.remote  # its stubs do not know concurrency groups

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from raypipe.errors import ConfigError, StoreError
+from raypipe.errors import ConfigError, RaypipeError, StoreError, StoreRefused
+from raypipe.store.messages import Refusal
 
 FILE = "site.log"
 
@@ -37,3 +38,11 @@ def safe_reason(error: BaseException, method: str = "the store") -> str:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own
         return f"out of memory in {method}; lower batch_size, or take a smaller model"
     return f"unexpected {type(error).__name__} in {method}; the store's own log has it"
+
+
+def refusal(error: BaseException, store: str, method: str, log: logging.Logger, ticket_id: str = "") -> Refusal:
+    """An exception as a message; what may not leave the store goes to its own log."""
+    if not isinstance(error, RaypipeError):
+        log.error("%s %s", method, ticket_id, exc_info=error)
+    final = isinstance(error, (StoreRefused, ConfigError))
+    return Refusal(store, "refused" if final else "failed", safe_reason(error, method), ticket_id)

@@ -20,24 +20,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from raypipe.errors import ConfigError, RaypipeError, StoreRefused
+from raypipe.errors import ConfigError, StoreRefused
 from raypipe.models import models
 from raypipe.store.batches import Images
 from raypipe.store.messages import PROTOCOL, Card, Command, Evaluation, Part, Plan, Refusal, Report, Ticket, Verdict
 from raypipe.store.optimizers import optimizers
 from raypipe.store.policy import Limits, read_policy
-from raypipe.store.safety import safe_reason, site_log
+from raypipe.store.safety import refusal, site_log
 from raypipe.store.schedules import schedules
 from raypipe.store.shelf import Learner, Shelf
 from raypipe.store.trainer import Clock, Control, Outcome, Work, evaluate, train
 from raypipe.tasks import tasks
-
-__all__ = ["Site", "safe_reason"]
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
@@ -160,10 +158,7 @@ class Site:
 
     def refusal(self, error: BaseException, method: str, ticket_id: str = "") -> Refusal:
         """An exception as a message; what may not leave the store goes to its own log."""
-        if not isinstance(error, RaypipeError):
-            self._log.error("%s %s", method, ticket_id, exc_info=error)
-        kind: Literal["refused", "failed"] = "refused" if isinstance(error, (StoreRefused, ConfigError)) else "failed"
-        return Refusal(self.store, kind, safe_reason(error, method), ticket_id)
+        return refusal(error, self.store, method, self._log, ticket_id)
 
     def _train(
         self,

@@ -1,0 +1,529 @@
+"""The benchmark: ratios to a floor that is measured side by side with raypipe, in the same run.
+
+python jobs/bench.py [--json] [--only w1,w2,...] [--repeats 3] [--quick]
+
+raypipe runs as a user runs it: RunConfig, coordinator actor, journal, MLflow (embedded), each version judged at each
+store. The floors are in bench_floor.py. Ratios are medians of paired repeats, floor and raypipe in turn; a busy
+machine spoils them, so `load` says how busy it was before each pair. --quick: one short repeat, no w1_command.
+Exit code 1 if a figure is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import yaml
+from bench_floor import Job, to_json, write_sleepy
+
+from raypipe.aggregation.global_model import GlobalModel
+from raypipe.aggregation.transforms import transforms
+from raypipe.config.load import to_dict
+from raypipe.config.schema import RunConfig
+from raypipe.coordinator.actor import CoordinatorActor, on_head
+from raypipe.coordinator.loop import drive
+from raypipe.launch import make_demo_stores
+from raypipe.models.flat import initial
+from raypipe.placement.actor import NAMESPACE, shut_down, start_local
+from raypipe.run import compose, load_run, new_run_id
+from raypipe.store import messages as msg
+from raypipe.tracking.journal import Journal
+from raypipe.types import Layout, Role
+
+ROOT = Path(__file__).resolve().parent.parent
+IDS = [f"store-{i}" for i in range(10)]
+TASK = {"name": "classification", "classes": 10, "image_size": 32, "channels": 3}
+STEADY = 2  # versions before this one are start-up
+WARM = 10  # the same where versions are short: W3, coordinator_ms
+SLEEP_S, SLOW = 0.4, 5.0  # W3: pretended compute of a ticket, and how much slower one store is
+IDEAL_S = 8 / (7 / SLEEP_S + 1 / (SLOW * SLEEP_S))  # W3: 8 updates when nobody waits
+FLOATS = 25_000_000  # an update of 100 MB
+READY = 10  # updates folded at once
+HELD = 4  # updates in the object store, taken in turn
+AT_LEAST = {"fold_ratio", "fold_single_ratio"}  # of these more is better
+MUST = {
+    "fold_ratio": 0.6,
+    "fold_single_ratio": 0.3,
+    "coordinator_ms": 5.0,
+    "w1_ratio": 1.15,
+    "w2_ratio": 1.15,
+    "w3_ratio": 1.15,
+    "main_job_s": 120.0,
+    "w1_command": 1.2,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A figure; `value` None when it could not be measured."""
+
+    figure: str
+    value: float | None
+    detail: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        if self.value is None or not self.detail.get("sound", True):
+            return False
+        must = MUST[self.figure]
+        return self.value >= must if self.figure in AT_LEAST else self.value <= must
+
+    def as_json(self) -> str:
+        said = {"figure": self.figure, "value": self.value, "must": MUST[self.figure], "ok": self.ok}
+        return json.dumps({**said, "detail": self.detail})
+
+    def as_text(self) -> str:
+        value = "-" if self.value is None else f"{self.value:.3f}"
+        sign = ">=" if self.figure in AT_LEAST else "<="
+        detail = ", ".join(f"{key} {_short(said)}" for key, said in self.detail.items())
+        return f"{self.figure:18}{value:>9}  {sign} {MUST[self.figure]:<6g}{'ok' if self.ok else 'MISSED':8}{detail}"
+
+
+def _short(said: Any) -> str:
+    if isinstance(said, list):
+        return "[" + " ".join(map(_short, said)) + "]"
+    return f"{said:.3g}" if isinstance(said, float) else str(said)
+
+
+def configuration(name: str, num_stores: int = 10, **changes: Any) -> dict[str, Any]:
+    """W1 with changes, as it would be written in YAML. All workloads read the same images: 200 a store, alike."""
+    said: dict[str, Any] = {
+        "name": name,
+        "task": TASK,
+        "model": "small_cnn",
+        "stores": [{"id": store} for store in IDS[:num_stores]],
+        "train": {"lr": 0.05, "batch_size": 32, "local_epochs": 1},
+        "pace": "wait_for_all",
+        "pacing": {"concurrency": 2},
+        "stop": {"max_versions": 10},
+        "local": {"split": "iid", "size_ratio": 1, "camera_shift": 0, "max_images": 2000},
+    }
+    return {**said, **changes}
+
+
+@dataclass
+class Bench:
+    """One benchmark run in one temporary home."""
+
+    folder: Path
+    repeats: int
+    quick: bool
+    config: RunConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.home = self.folder / "home"
+        os.environ |= {"RAYPIPE_HOME": str(self.home), "RAY_TMPDIR": str(self.folder), "RAY_AUTH_MODE": "disabled"}
+        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+            os.environ.pop(name, None)
+        self.stores = self.home / "demo" / "w1"  # where the whole command looks for them too
+        os.environ["RAYPIPE_STORES"] = str(self.stores)
+        packages = self.folder / "packages"
+        write_sleepy(packages)
+        sys.path.insert(0, str(packages))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
+        self._started = False
+        self.config = self.load(configuration("w1"))
+        make_demo_stores(self.config, self.stores)
+
+    def load(self, said: Mapping[str, Any]) -> RunConfig:
+        return load_run(self.write(said))
+
+    def write(self, said: Mapping[str, Any]) -> Path:
+        path = self.folder / f"{said['name']}.yaml"
+        path.write_text(yaml.safe_dump(dict(said)))
+        return path
+
+    # -- Ray here ---------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Ray on this machine, once for all figures that need it."""
+        if not self._started:
+            start_local(IDS, len(IDS), 64 * 2**20)
+            self._started = True
+
+    def close(self) -> None:
+        if self._started:
+            shut_down()
+            self._started = False
+
+    def federate(self, said: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+        """A federation, watched as raypipe.launch does; its records by kind. The tests at its end are left out."""
+        import ray
+
+        self.start()
+        config = self.load({**said, "evaluate": {"alone": False, "test": False}})
+        run = new_run_id(config.name, time.time())
+        options = {"name": f"coordinator/{run}", "namespace": NAMESPACE, **on_head()}
+        actor = CoordinatorActor.options(**options).remote(compose, to_dict(config), run, str(self.home))
+        work = actor.work.remote()
+        while not ray.wait([work], timeout=0)[0]:
+            ray.get(actor.progress.remote(0, 0.3), timeout=60)
+        summary = ray.get(work)
+        ray.kill(actor)
+        self._wait_for_quiet()
+        if summary["status"] != "finished":
+            raise RuntimeError(f"{run} ended: {summary['reason']}")
+        records: dict[str, list[dict[str, Any]]] = {}
+        for record in Journal(self.home / "runs" / run / "journal.sqlite").read():
+            records.setdefault(record.kind, []).append(record.body)
+        shutil.rmtree(self.home / "runs" / run)
+        return records
+
+    def _wait_for_quiet(self) -> None:
+        """Until the stores' processes of the last federation are gone."""
+        import ray
+
+        cluster: Any = ray  # typed in part
+        until, total = time.monotonic() + 30, cluster.cluster_resources()["CPU"]
+
+        def idle() -> Any:
+            return cluster.available_resources().get("CPU")
+
+        while idle() != total and time.monotonic() < until:
+            time.sleep(0.2)
+        time.sleep(1.0)
+
+    # -- W1, W2, W3 -------------------------------------------------------------------------------------------
+
+    def w1(self) -> Line:
+        return self._steady("w1_ratio", configuration("w1", stop={"max_versions": 5 if self.quick else 10}))
+
+    def w2(self) -> Line:
+        model = {"name": "resnet18", "norm": "group", "small_images": False}
+        train = {"lr": 0.01, "batch_size": 32, "local_steps": 1}
+        stop = {"max_versions": 4 if self.quick else 8}
+        return self._steady("w2_ratio", configuration("w2", model=model, train=train, stop=stop))
+
+    def _steady(self, figure: str, said: dict[str, Any]) -> Line:
+        """Median seconds from version to version, past the start, over the floor's."""
+        job = self.job(said)
+        pairs, load, scores = [], [], []
+        self.start()
+        self._wait_for_quiet()
+        for _ in range(self.repeats):
+            load.append(os.getloadavg()[0])
+            floor = self.floor("processes", job)
+            records = self.federate(said)
+            versions = records["version_published"]
+            if floor["parameters"] != self._parameters(said) or len(versions[-1]["contributions"]) != len(IDS):
+                raise RuntimeError("the floor's model is another one, or a store is missing from a version")
+            ours = _differences([v["at"] for v in versions if v["version"] >= STEADY])
+            pairs.append((median(_differences(floor["at"][STEADY - 1 :])), median(ours)))
+            # The floor judges versions 0 to n-1; ours are compared at the same one.
+            mine = {r["version"]: r["metrics"]["accuracy"] for r in records["evaluated"]}
+            scores.append((floor["accuracy"], mine[job.versions - 1]))
+        detail = {**_sides(pairs), "floor_accuracy": median(s for s, _ in scores)}
+        detail |= {"accuracy": median(s for _, s in scores), "versions": job.versions, "load": load}
+        detail["sound"] = detail["accuracy"] >= detail["floor_accuracy"] - 0.1  # who drops updates is fast
+        return Line(figure, median(ours / floor for floor, ours in pairs), detail)
+
+    def w3(self) -> Line:
+        """Seconds per 8 updates in published versions, over the ideal where nobody waits."""
+        sleepers = [{"id": store, "slowdown": SLOW if store == IDS[7] else 1.0} for store in IDS[:8]]
+        said = configuration("w3", model={"name": "sleepy", "seconds": SLEEP_S}, stores=sleepers)
+        said |= {"train": {"local_steps": 1}, "pace": "fedbuff", "pacing": {"buffer_size": 4}}
+        said["stop"] = {"max_versions": 25 if self.quick else 60}
+        waiting = {**said, "pace": "wait_for_all", "pacing": {}, "stop": {"max_versions": 4}}
+        seconds, load = [], []
+        for _ in range(self.repeats):
+            load.append(os.getloadavg()[0])
+            seconds.append(_per_eight(self.federate(said)["version_published"], WARM))
+        waited = _per_eight(self.federate(waiting)["version_published"], 1)
+        ratios = [s / IDEAL_S for s in seconds]
+        detail = {"seconds": median(seconds), "ideal_s": IDEAL_S, "ratios": ratios, "load": load}
+        return Line("w3_ratio", median(ratios), {**detail, "wait_for_all": waited / IDEAL_S})
+
+    def job(self, said: Mapping[str, Any]) -> Job:
+        """The floor's part in a workload."""
+        config = self.load(said)
+        train, versions = config.train, config.stop.max_versions or 1
+        model = config.model["name"]
+        return Job(str(self.stores), IDS, model, train.lr, train.batch_size, train.local_steps, versions)
+
+    def _parameters(self, said: Mapping[str, Any]) -> int:
+        layout, _ = initial(self.load(said).model, 10, 3, 32, 0)
+        return sum(entry.size for entry in layout.entries)
+
+    def floor(self, way: str, job: Job) -> dict[str, Any]:
+        """One floor in a fresh process."""
+        printed = self.command(["jobs/bench_floor.py", way, to_json(job)])[1]
+        found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+        return found
+
+    # -- whole commands -------------------------------------------------------------------------------------------
+
+    def command(self, arguments: list[str], home: Path | None = None) -> tuple[float, str]:
+        """Seconds and output of a Python command in a fresh process. Raises RuntimeError when it fails."""
+        start = time.monotonic()
+        env = {**os.environ, "RAYPIPE_HOME": str(home or self.home)}
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{arguments[0]} failed: {(done.stderr or done.stdout).strip()[-300:]}")
+        return time.monotonic() - start, done.stdout
+
+    def w1_command(self) -> Line:
+        """The whole command over a bare Ray script's, both from a cold start to the end, tests included."""
+        self.close()
+        said, file = configuration("w1"), str(self.write(configuration("w1")))
+        pairs, load = [], []
+        for _ in range(self.repeats):
+            load.append(os.getloadavg()[0])
+            bare = self.command(["jobs/bench_floor.py", "ray", to_json(self.job(said))])[0]
+            pairs.append((bare, self.command(["jobs/federate.py", file])[0]))
+        return Line("w1_command", median(ours / bare for bare, ours in pairs), {**_sides(pairs), "load": load})
+
+    def main_job(self) -> Line:
+        """The default job once, its data made too, as the first command of the README does after installing."""
+        self.close()
+        home, load = self.folder / "main", os.getloadavg()[0]
+        seconds, _ = self.command(["jobs/federate.py", "configs/quickstart.yaml"], home)
+        (journal,) = home.glob("runs/*/journal.sqlite")
+        (final,) = [record.body for record in Journal(journal).read(kinds=["final"])]
+        shared, alone = ([row[who] for row in final["table"] if row[who] is not None] for who in ("shared", "alone"))
+        scores = {"shared": sum(shared) / len(shared), "alone": sum(alone) / len(alone)}
+        points = 100 * (scores["shared"] - scores["alone"])
+        return Line("main_job_s", seconds, {**scores, "points": points, "sound": points >= 10, "load": load})
+
+    # -- parts ----------------------------------------------------------------------------------------------------
+
+    def fold(self) -> Line:
+        return self._folded("fold_ratio", fold_ratios)
+
+    def fold_single(self) -> Line:
+        self.start()
+        return self._folded("fold_single_ratio", fold_single_ratios)
+
+    def _folded(self, figure: str, measure: Callable[[int], list[tuple[float, float]]]) -> Line:
+        load, pairs = os.getloadavg()[0], measure(5 if self.quick else 15)
+        rates = {"read_gb_s": median(r for r, _ in pairs), "fold_gb_s": median(f for _, f in pairs)}
+        return Line(figure, median(f / r for r, f in pairs), {**rates, "pairs": len(pairs), "load": load})
+
+    def coordinator(self) -> Line:
+        self.start()
+        load, updates = os.getloadavg()[0], 100 if self.quick else 300
+        config = {**configuration("coordinator"), "model": {"name": "small_cnn", "hidden": 119}, "pace": "fedbuff"}
+        config |= {"pacing": {}, "stop": {"max_versions": updates // 5}}
+        times = [coordinator_ms(self.load(config), self.folder) for _ in range(self.repeats)]
+        return Line("coordinator_ms", median(times), {"runs": times, "updates": updates, "load": load})
+
+
+def _differences(at: list[float]) -> list[float]:
+    return [after - before for before, after in pairwise(at)]
+
+
+def _per_eight(versions: list[dict[str, Any]], warm: int) -> float:
+    """Seconds for 8 updates, of those in versions after `warm`."""
+    steady = [v for v in versions if v["version"] >= warm]
+    updates = sum(len(v["contributions"]) for v in steady[1:])
+    return 8 * float(steady[-1]["at"] - steady[0]["at"]) / updates
+
+
+def _sides(pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    ratios = [ours / floor for floor, ours in pairs]
+    return {"seconds": median(o for _, o in pairs), "floor_s": median(f for f, _ in pairs), "ratios": ratios}
+
+
+# -- folding --------------------------------------------------------------------------------------------------
+
+
+def fold_ratios(num_pairs: int) -> list[tuple[float, float]]:
+    """GB/s (read, folded) of ten ready updates; reads and folds alternate, as bandwidth here comes and goes."""
+    updates = _updates(READY)
+    model = _model()
+    return _pairs(num_pairs, updates, lambda turn: _fold(model, updates), READY)
+
+
+def fold_single_ratios(num_pairs: int) -> list[tuple[float, float]]:
+    """The same, one update at a time, from the object store without a copy. Reads are of ordinary memory."""
+    import ray
+
+    updates = _updates(HELD)
+    refs = [ray.put(update) for update in updates]
+    model = _model()
+    for ref in refs:  # a coordinator's view of the store is mapped once, at its first versions
+        ray.get(ref).sum()
+    return _pairs(num_pairs, updates, lambda turn: _fold(model, [ray.get(refs[turn % HELD])]), 1)
+
+
+def _updates(count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(FLOATS, np.float32) for _ in range(count)]
+
+
+def _model() -> GlobalModel:
+    layout = Layout.of([("weights", (FLOATS,), "float32", Role.SHARED)])
+    transform = transforms.build({"name": "sgd"})
+    return GlobalModel(layout, np.zeros(FLOATS, np.float32), transform, how=[], normalise="sum", threads=2)
+
+
+def _fold(model: GlobalModel, updates: Sequence[np.ndarray]) -> None:
+    if model.fold([(update, 1.0, None) for update in updates]):
+        raise RuntimeError("an update was refused")
+
+
+def _pairs(
+    count: int, updates: Sequence[np.ndarray], fold: Callable[[int], None], num_folded: int
+) -> list[tuple[float, float]]:
+    """GB/s of `count` pairs; reads take turns over all updates, which no cache can hold."""
+    tensors = [torch.from_numpy(update) for update in updates]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    def seconds(work: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    found = []
+    for turn in range(count + 2):
+        read = len(tensors) * 4e-9 * FLOATS / seconds(lambda: [tensor.sum() for tensor in tensors])
+        folded = num_folded * 4e-9 * FLOATS / seconds(lambda turn=turn: fold(turn))  # type: ignore[misc]
+        found.append((read, folded))
+    torch.set_num_threads(threads)
+    return found[2:]  # the first ones touch new memory
+
+
+# -- the coordinator ------------------------------------------------------------------------------------------
+
+
+class NoStore:
+    """A store in this process that answers at once; all its updates are the same."""
+
+    def __init__(self, store: str, data: str, update: np.ndarray) -> None:
+        self._store, self._data, self._update = store, data, update
+
+    async def join(self) -> msg.Card:
+        counts = {self._data: {"train": 200, "validation": 33}}
+        parts: dict[str, Any] = {"tasks": (), "models": (), "data_hashes": {}, "limits": {}}
+        return msg.Card(self._store, msg.PROTOCOL, counts, cpus=1.0, gpu=None, node="here", process=0, **parts)
+
+    def waiting_for(self, waited_s: float) -> str:
+        return ""
+
+    async def train(self, ticket: msg.Ticket, plan: bytes, weights: Any) -> msg.Report:
+        judged = await self.evaluate(plan, weights, ticket.evaluate) if ticket.evaluate else None
+        numbers = {"steps": 7, "examples": 200, "num_train": 200, "skipped": 0, "seconds": 0.01, "loss": 1.0}
+        about: dict[str, Any] = {**numbers, "update_bytes": self._update.nbytes, "stopped": "done"}
+        return msg.Report(ticket.id, self._store, ticket.version, evaluation=judged, **about)
+
+    async def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray:
+        return self._update
+
+    async def evaluate(self, plan: bytes, weights: Any, split: str) -> msg.Evaluation:
+        return msg.Evaluation(self._store, split, 33, {"loss": 33.0, "accuracy": 11.0}, 0.01)
+
+    def settle(self, verdict: msg.Verdict) -> None:
+        pass
+
+    def control(self, ticket: str, command: msg.Command) -> None:
+        pass
+
+    async def watch(self, heartbeat_s: float) -> tuple[bool, str]:
+        await asyncio.Event().wait()
+        return False, ""
+
+    def kill(self) -> None:
+        pass
+
+
+def coordinator_ms(config: RunConfig, home: Path) -> float:
+    """Milliseconds per update in published versions: machine, shell, fold, step, journal, weights, Ray's store."""
+    import ray
+
+    run = new_run_id(config.name, time.time())
+    made = compose(to_dict(config), run, home=str(home), put=ray.put)
+    asyncio.run(_drive(made))
+    versions = [r.body for r in Journal(made.folder / "journal.sqlite").read(kinds=["version_published"])][WARM:]
+    updates = sum(len(version["contributions"]) for version in versions[1:])
+    return 1000 * float(versions[-1]["at"] - versions[0]["at"]) / updates
+
+
+async def _drive(made: Any) -> None:
+    """What the coordinator's actor does, without its actors."""
+    shell = made.shell
+    await asyncio.to_thread(shell.begin)
+    update = np.full(shell.model.layout.update_size, 1e-6, np.float32)
+    tasks = [asyncio.create_task(shell.run_lane())]
+    for store in made.config.stores:
+        port = NoStore(store.id, made.config.data, update)
+        tasks.append(asyncio.create_task(shell.keep(store.id, port, 5.0, 5.0)))
+    try:
+        await drive(made.machine, shell.perform, shell.inbox, shell.clock)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+# -- the command ----------------------------------------------------------------------------------------------
+
+
+FIGURES: dict[str, tuple[str, Callable[[Bench], Line]]] = {
+    "fold": ("fold_ratio", Bench.fold),
+    "fold_single": ("fold_single_ratio", Bench.fold_single),
+    "coordinator": ("coordinator_ms", Bench.coordinator),
+    "w1": ("w1_ratio", Bench.w1),
+    "w2": ("w2_ratio", Bench.w2),
+    "w3": ("w3_ratio", Bench.w3),
+    "main_job": ("main_job_s", Bench.main_job),
+    "w1_command": ("w1_command", Bench.w1_command),
+}
+
+
+def measured(bench: Bench, figure: str, measure: Callable[[Bench], Line]) -> Line:
+    """A figure that cannot be had must not hide the others."""
+    try:
+        return measure(bench)
+    except Exception as error:  # noqa: BLE001  reported in the figure's line
+        lines = str(error).strip().splitlines() or [""]
+        return Line(figure, None, {"error": f"{type(error).__name__}: {lines[-1]}"})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="a JSON line a figure")
+    parser.add_argument("--only", default=",".join(FIGURES), help=f"of {','.join(FIGURES)}")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one short repeat, without w1_command")
+    options = parser.parse_args()
+    wanted = options.only.split(",")
+    if unknown := [name for name in wanted if name not in FIGURES]:
+        parser.error(f"no figure {', '.join(unknown)}; there are {', '.join(FIGURES)}")
+    if options.quick:
+        wanted = [name for name in wanted if name != "w1_command"]
+    folder = Path(tempfile.mkdtemp(prefix="rpb", dir="/tmp"))  # short: sockets lie in it
+    bench, all_ok = None, True
+    try:
+        bench = Bench(folder, 1 if options.quick else options.repeats, options.quick)
+        for name in (name for name in FIGURES if name in wanted):
+            line = measured(bench, *FIGURES[name])
+            all_ok &= line.ok
+            print(line.as_json() if options.json else line.as_text(), flush=True)
+    finally:
+        if bench is not None:
+            bench.close()
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0 if all_ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
