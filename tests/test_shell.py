@@ -1,0 +1,284 @@
+"""The shell with real sites in this process: no Ray, everything else as in a run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CLASSES, ROOT
+
+from raypipe.config.schema import RunConfig
+from raypipe.coordinator.composition import Composition
+from raypipe.coordinator.loop import drive
+from raypipe.data.sample import load_sample
+from raypipe.data.stores import make_stores
+from raypipe.errors import RunError, StoreUnreachable
+from raypipe.run import compose
+from raypipe.store import messages as msg
+from raypipe.store.safety import refusal
+from raypipe.store.site import Site
+from raypipe.tracking.journal import Journal
+
+NAMES = ["a", "b", "c"]
+Spoil = Callable[[np.ndarray], np.ndarray]
+
+
+class SitePort:
+    """A store in this process; `spoil` is what a lying one does to its update on the way out."""
+
+    def __init__(self, home: Path, spoil: Spoil | None = None) -> None:
+        self.site, self.spoil, self.store = Site(home), spoil, home.name
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        try:
+            return await asyncio.to_thread(getattr(self.site, method), *arguments)
+        except Exception as error:  # noqa: BLE001  as the Ray shell does
+            raise msg.refusal_error(refusal(error, self.store, method, self.site._log)) from None
+
+    async def join(self) -> msg.Card:
+        return await self._ask("describe")
+
+    def waiting_for(self, waited_s: float) -> str:
+        return "nothing"
+
+    async def train(self, ticket: msg.Ticket, plan: bytes, weights: np.ndarray) -> msg.Report:
+        return await self._ask("train", ticket, msg.expect(msg.Plan, plan), weights)
+
+    async def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray:
+        update = await self._ask("collect", ticket, how)
+        return self.spoil(update) if self.spoil else update
+
+    async def evaluate(self, plan: bytes, weights: np.ndarray, split: str) -> msg.Evaluation:
+        return await self._ask("evaluate", msg.expect(msg.Plan, plan), weights, split)
+
+    def settle(self, verdict: msg.Verdict) -> None:
+        self.site.settle(verdict)
+
+    def control(self, ticket: str, command: msg.Command) -> None:
+        self.site.control(ticket, command)
+
+    async def watch(self, heartbeat_s: float) -> tuple[bool, str]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    def kill(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stores")
+    split = {"name": "iid"}
+    make_stores(out, NAMES, source=load_sample(), split=split, size_ratio=2.0, camera_shift=0.0, max_images=300)
+    return out
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    said: dict[str, Any] = {
+        "name": "shell",
+        "task": {"name": "classification", "classes": CLASSES, "image_size": 28, "channels": 1},
+        "model": {"name": "small_cnn", "width": 8},
+        "stores": [{"id": name} for name in NAMES],
+        "train": {"local_steps": 2, "batch_size": 16},
+        "pace": "wait_for_all",
+        "pacing": {"max_failures": 2, "backoff_s": 0.05},
+        "stop": {"max_versions": 2},
+        "local": {},
+        **changes,
+    }
+    return RunConfig.model_validate(said).model_dump(mode="json")
+
+
+def run(said: dict[str, Any], home: Path, ports: dict[str, Any], puts: list[int] | None = None) -> Composition:
+    """A whole run in this process."""
+
+    def put(vector: np.ndarray) -> np.ndarray:
+        if puts is not None:
+            puts.append(1)
+        return vector.copy()
+
+    made = compose(said, "run", home=str(home), put=put)
+
+    async def work() -> None:
+        made.shell.begin()
+        lane = asyncio.create_task(made.shell.run_lane())
+        keeping = [asyncio.create_task(made.shell.keep(name, port, 1.0, 1.0)) for name, port in ports.items()]
+        running = asyncio.create_task(drive(made.machine, made.shell.perform, made.shell.inbox, made.shell.clock))
+        done, _ = await asyncio.wait({running, lane}, return_when=asyncio.FIRST_COMPLETED, timeout=60)
+        for task in (lane, running, *keeping):
+            task.cancel()
+        for task in done:
+            task.result()
+        assert running in done, "not over in 60 s"
+
+    asyncio.run(work())
+    return made
+
+
+def records(home: Path, *kinds: Any) -> list[dict[str, Any]]:
+    return [r.body for r in Journal(home / "runs" / "run" / "journal.sqlite").read(kinds=kinds)]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda u: np.where(np.arange(u.size) == 7, np.float32("nan"), u), "not finite"),
+        (lambda u: np.where(np.arange(u.size) == u.size - 20, np.float32("inf"), u), "not finite"),
+        (lambda u: u[:-1], "expects 52224 values"),
+        (lambda u: u.astype(np.float64), "float64"),
+    ],
+    ids=["nan", "infinite", "wrong shape", "wrong type"],
+)
+def test_a_spoiled_update_is_refused_recorded_and_its_store_set_aside(
+    spoil: Spoil, said: str, stores: Path, tmp_path: Path
+) -> None:
+    ports = {name: SitePort(stores / name, spoil if name == "b" else None) for name in NAMES}
+    made = run(config(), tmp_path, ports)
+    rejected = records(tmp_path, "update_rejected")
+    assert [r["store"] for r in rejected] == ["b", "b"]
+    assert said in rejected[0]["reason"], rejected
+    assert [r["store"] for r in records(tmp_path, "store_set_aside")] == ["b"]
+    versions = records(tmp_path, "version_published")
+    assert [v["version"] for v in versions] == [0, 1, 2]
+    assert {c["store"] for v in versions for c in v["contributions"]} == {"a", "c"}
+    assert np.isfinite(made.read(2)).all()
+    alone = run(config(stores=[{"id": "a"}, {"id": "c"}]), tmp_path / "alone", {n: ports[n] for n in ("a", "c")})
+    assert made.read(2).tobytes() == alone.read(2).tobytes(), "it left a trace"
+
+
+def test_weights_are_handed_out_once_a_version_and_let_go(stores: Path, tmp_path: Path) -> None:
+    puts: list[int] = []
+    made = run(config(stop={"max_versions": 4}), tmp_path, {n: SitePort(stores / n) for n in NAMES}, puts)
+    assert len(puts) == 5
+    assert sorted(made.shell._handles) == [4]
+    assert made.shell._updates == {}
+    assert all(port.site._outbox == {} for port in made.shell.ports.values()), "every ticket was settled"
+
+
+def test_a_store_whose_policy_forbids_the_task_is_set_aside_at_once_with_its_reason(
+    stores: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(stores, tmp_path / "stores")
+    policy = tmp_path / "stores" / "b" / "policy.yaml"
+    policy.write_text(policy.read_text().replace("tasks: [classification]", "tasks: [detection]"))
+    run(config(), tmp_path, {n: SitePort(tmp_path / "stores" / n) for n in NAMES})
+    (aside,) = records(tmp_path, "store_set_aside")
+    assert aside["store"] == "b"
+    assert "task" in aside["reason"]
+
+
+def test_bytes_both_ways_are_counted(stores: Path, tmp_path: Path) -> None:
+    made = run(config(update=["bfloat16"]), tmp_path, {n: SitePort(stores / n) for n in NAMES})
+    layout = made.shell.model.layout
+    first = records(tmp_path, "version_published")[1]
+    assert first["bytes_up"] == 3 * 2 * layout.update_size
+    assert first["bytes_down"] == 3 * 4 * layout.size
+    assert first["bytes_total"] == first["bytes_up"] + first["bytes_down"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small filesystem: needs root")
+def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_was_published(stores: Path, tmp_path: Path) -> None:
+    home = tmp_path / "small"
+    home.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "raypipe-test", str(home)], check=True)
+    try:
+        said = config(
+            stop={"max_versions": 100}, track={"keep_last": 100, "mlflow": False}, model={"name": "small_cnn"}
+        )
+        with pytest.raises(RunError) as caught:
+            run(said, home, {n: SitePort(stores / n) for n in NAMES})
+        assert "No space left" in caught.value.message
+        assert "\n" not in caught.value.message
+        published = [v["version"] for v in records(home, "version_published")]
+        assert published == list(range(len(published)))
+        assert len(published) >= 2
+    finally:
+        subprocess.run(["umount", "--lazy", str(home)], check=True)
+
+
+class NoOp:
+    """A store that does nothing at once, with an update of the right size."""
+
+    def __init__(self, name: str, update: np.ndarray) -> None:
+        self.name, self.update = name, update
+
+    async def join(self) -> msg.Card:
+        return msg.Card(self.name, 1, {"products": {"train": 10}}, (), (), 1.0, None, "n", 1, {}, {})
+
+    def waiting_for(self, waited_s: float) -> str:
+        return ""
+
+    async def train(self, ticket: msg.Ticket, plan: bytes, weights: Any) -> msg.Report:
+        return msg.Report(ticket.id, self.name, ticket.version, 1, 32, 10, 0, 0.001, 1.0, 4, "done")
+
+    async def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray:
+        return self.update
+
+    async def evaluate(self, plan: bytes, weights: Any, split: str) -> msg.Evaluation:
+        raise StoreUnreachable("no validation here")
+
+    def settle(self, verdict: msg.Verdict) -> None: ...
+    def control(self, ticket: str, command: msg.Command) -> None: ...
+    def kill(self) -> None: ...
+
+    async def watch(self, heartbeat_s: float) -> tuple[bool, str]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+def peak_growth(num_stores: int, home: Path) -> tuple[int, int]:
+    """Peak resident bytes that a run of no-op stores adds, and the model's bytes; meant for a process of its own."""
+    names = [f"s{i:03}" for i in range(num_stores)]
+    said = config(
+        stores=[{"id": n} for n in names],
+        task={"name": "classification", "classes": CLASSES, "image_size": 28, "channels": 1},
+        model={"name": "resnet18"},
+        stop={"max_versions": 3},
+        track={"mlflow": False},
+    )
+    made = compose(said, "warm", home=str(home / "warm"), put=lambda v: None)  # imports and the first torch calls
+    size, model_bytes = made.shell.model.layout.update_size, made.shell.model.layout.size * 4
+    update = np.zeros(size, np.float32)
+    update += 1e-4  # touched: it counts before, not in the run
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    del made
+    run_no_ops(said, home, {n: NoOp(n, update) for n in names})
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, model_bytes
+
+
+def run_no_ops(said: dict[str, Any], home: Path, ports: dict[str, NoOp]) -> None:
+    made = compose(said, "run", home=str(home), put=lambda v: None)
+
+    async def work() -> None:
+        made.shell.begin()
+        lane = asyncio.create_task(made.shell.run_lane())
+        keeping = [asyncio.create_task(made.shell.keep(n, p, 1.0, 1.0)) for n, p in ports.items()]
+        await drive(made.machine, made.shell.perform, made.shell.inbox, made.shell.clock)
+        for task in (lane, *keeping):
+            task.cancel()
+
+    asyncio.run(work())
+
+
+def test_the_coordinators_memory_does_not_grow_with_stores(tmp_path: Path) -> None:
+    grown = {}
+    for stores in (10, 100):
+        home = tmp_path / str(stores)
+        code = f"import test_shell as t, pathlib; print(*t.peak_growth({stores}, pathlib.Path({str(home)!r})))"
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
+        grown[stores], model_bytes = map(int, done.stdout.split())
+    models = {stores: growth / model_bytes for stores, growth in grown.items()}
+    assert models[100] <= 3.5, models  # weights + the sum's two vectors (no transform state), half for all else
+    assert models[100] - models[10] <= 0.5, models
