@@ -68,6 +68,20 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
     track = verb("track", _track, "bring MLflow up to date with a run's record")
     track.add_argument("which", metavar="RUN")
+    for name, help in (
+        ("join", "take a store into a run that is going on"),
+        ("leave", "let a store go; what it has contributed stays"),
+        ("stop", "end a run that is going on; what was published is kept"),
+    ):
+        sub = verb(name, _ask, help)
+        sub.set_defaults(verb=name)
+        sub.add_argument("which", metavar="RUN")
+        sub.add_argument("--address", help="the Ray cluster; default: RAY_ADDRESS, else the one on this machine")
+        if name != "stop":
+            sub.add_argument("store", metavar="STORE")
+        if name == "join":
+            sub.add_argument("--cpus", type=float, default=1.0)
+            sub.add_argument("--gpus", type=float, default=0.0)
     return parser
 
 
@@ -83,6 +97,18 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         summary = federate(config, options.address, screen)
     show_summary(console, summary, f"raypipe promote {summary['run']} {summary['best_version']} --as champion")
     return 1 if summary["status"] == "failed" else 0
+
+
+def _ask(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.launch import ask
+
+    what: tuple[object, ...] = ("stopped by hand",)
+    if options.verb == "leave":
+        what = (options.store,)
+    elif options.verb == "join":
+        what = ({"id": options.store, "cpus": options.cpus, "gpus": options.gpus},)
+    ask(options.which, options.address, options.verb, *what)
+    return 0
 
 
 def _check(options: argparse.Namespace, console: Console) -> int:

@@ -43,6 +43,26 @@ def federate(config: RunConfig, address: str | None, screen: Screen) -> dict[str
         cluster.shut_down()
 
 
+def ask(run: str, address: str | None, method: str, *arguments: Any) -> None:
+    """Tell the coordinator of a run on a cluster something: `join`, `leave`, `stop`. Raises RaypipeError."""
+    import ray
+
+    from raypipe.placement import actor as cluster
+
+    cluster.connect(address or os.environ.get("RAY_ADDRESS") or "auto")
+    try:
+        coordinator: Any = ray.get_actor(f"coordinator/{run}", namespace=cluster.NAMESPACE)
+        ray.get(getattr(coordinator, method).remote(*arguments), timeout=GIVE_UP_S)
+    except ValueError:
+        raise ConfigError(f"no run named {run!r} is going on in this cluster") from None
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RaypipeError):
+            raise error.cause from None
+        raise
+    finally:
+        cluster.shut_down()
+
+
 def _start_here(config: RunConfig) -> None:
     """Private data sets for each store and Ray, side by side."""
     from raypipe.placement import actor as cluster

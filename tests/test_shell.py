@@ -177,6 +177,20 @@ def test_a_store_whose_policy_forbids_the_task_is_set_aside_at_once_with_its_rea
     assert "task" in aside["reason"]
 
 
+def test_a_users_own_model_and_loss_train_and_promote_like_ours(
+    stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raypipe import registry
+
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "own_parts"))
+    registry._entry_points.cache_clear()
+    task = {"name": "classification", "classes": CLASSES, "image_size": 28, "channels": 1, "loss": "own_squared"}
+    said = config(task=task, model={"name": "own_linear", "dropout": 0.1})
+    made = run(said, tmp_path, {n: SitePort(stores / n) for n in NAMES})
+    assert made.machine.version == 2
+    assert made.read(2).tobytes() != made.read(0).tobytes()
+
+
 def test_bytes_both_ways_are_counted(stores: Path, tmp_path: Path) -> None:
     made = run(config(update=["bfloat16"]), tmp_path, {n: SitePort(stores / n) for n in NAMES})
     layout = made.shell.model.layout
