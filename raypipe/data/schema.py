@@ -97,7 +97,7 @@ def open_split(path: Path, *, name: str, split: str) -> OpenSplit:
         labels = file.read(columns=["label"]).column(0)
         classes = tuple(map(str, json.loads(metadata["raypipe.classes"])))
         _check_rows(file, metadata, labels, len(classes), where)
-        return OpenSplit(file, labels.to_numpy().astype(np.int64), classes, metadata["raypipe.sha256"])
+        return OpenSplit(file, _integers(labels).astype(np.int64), classes, metadata["raypipe.sha256"])
     except OSError as error:
         raise ConfigError(f"{where} cannot be read: {reason(error)}") from None
     except (pa.ArrowException, ValueError, TypeError):  # their messages hold paths and values
@@ -137,10 +137,18 @@ def _check_schema(file: pq.ParquetFile, metadata: dict[str, str], where: str) ->
             raise ConfigError(f"{where} needs a column {name} of type {type_}")
 
 
+def _integers(column: Any) -> NDArray[np.int32]:
+    """An int32 column without nulls. Arrow's own `to_numpy` imports pandas: 0.35 s of CPU in every store."""
+    chunk = column.combine_chunks()
+    if len(chunk) == 0:
+        return np.zeros(0, np.int32)
+    return np.frombuffer(chunk.buffers()[1], np.int32, len(chunk), offset=4 * chunk.offset)
+
+
 def _check_rows(file: pq.ParquetFile, metadata: dict[str, str], labels: Any, num_classes: int, where: str) -> None:
     rows, stated = file.metadata.num_rows, int(metadata["raypipe.rows"])
     if rows != stated:
         raise ConfigError(f"{where} has {rows} rows; its metadata says {stated}")
-    values = labels.to_numpy()
+    values = np.zeros(0) if labels.null_count else _integers(labels)
     if labels.null_count or (rows and not 0 <= values.min() <= values.max() < num_classes):
         raise ConfigError(f"{where} has labels outside its {num_classes} classes")
