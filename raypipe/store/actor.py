@@ -8,7 +8,6 @@ goes wrong inside leaves as a Refusal of one safe line; details go to the store'
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import signal
 from collections.abc import Callable
@@ -29,23 +28,10 @@ NAMESPACE = "raypipe"
 GONE = (rex.RayActorError, rex.ObjectLostError, rex.OwnerDiedError, rex.NodeDiedError, rex.RaySystemError)
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc not to give memory back to the system after every batch.
-
-    Ray runs methods in threads of their own, whose arenas are trimmed at each free: without this, a training step
-    faults its activations in again, and a fifth of the time goes to the kernel. Elsewhere than on glibc: nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its largest
-
-
 class SiteActor:
     """A site behind Ray. Every answer is bytes of the store protocol, or a vector."""
 
     def __init__(self, store: str, cpus: float, gpus: float, slowdown: float) -> None:
-        keep_freed_memory()
         self._store = store
         self._make = lambda: _make_site(store, cpus, gpus, slowdown)
         self._site: Any = None
