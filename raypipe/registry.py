@@ -151,7 +151,9 @@ def _loaded(point: EntryPoint, kind: str) -> Callable[..., Any]:
     try:
         part = point.load()
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"the {kind} {point.name!r} ({point.value}) cannot be imported: {error}") from error
+        raise ConfigError(
+            f"the {kind} {point.name!r} ({point.value}) cannot be imported ({type(error).__name__})"
+        ) from error
     if not callable(part):
         raise ConfigError(f"the {kind} {point.name!r} ({point.value}) is not a function")
     return part  # type: ignore[no-any-return]

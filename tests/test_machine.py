@@ -393,4 +393,5 @@ def test_every_policy_is_safe_and_comes_to_an_end_through_any_trouble(
 def test_with_one_healthy_store_every_version_is_reached(policy: Policy, stores: int, seed: int) -> None:
     policy = replace(policy, quorum=1, max_seconds=None, target=None, patience=None)
     world = World(policy, stores, seed, healthy=1)
-    assert world.run(limit=20_000).version == policy.max_versions
+    finished = world.run(limit=20_000)
+    assert finished.version == policy.max_versions, finished.ending

@@ -17,6 +17,7 @@ class Train:
     budget_s: float | None
     max_steps: int | None
     evaluate: bool  # judge the base version on the store's validation split first
+    repeat: int = 0  # updates that this store has already handed over from this base
 
 
 @dataclass(frozen=True, slots=True)

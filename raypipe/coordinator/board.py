@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+LINES = 500  # more is in the record
+
 
 @dataclass(slots=True)
 class Row:
@@ -54,6 +56,7 @@ class Board:
         row = self.rows.setdefault(body["store"], Row(body["store"])) if "store" in body else None
         if row is not None:
             self._store(kind, body, row)
+            del self.lines[LINES:]
         elif kind == "version_published":
             self._version(body)
         elif kind == "evaluated":
@@ -114,7 +117,7 @@ class Board:
 
     def share(self, store: str) -> float:
         """The store's part of all that was folded, in [0, 1]."""
-        total = sum(row.weight for row in self.rows.values())
+        total = sum(row.weight for row in list(self.rows.values()))
         return self.rows[store].weight / total if total else 0.0
 
     def snapshot(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 
-from raypipe.coordinator.actions import Action
+from raypipe.coordinator.actions import Action, Cancel, Record, Settle
 from raypipe.coordinator.events import Event, Tick
 from raypipe.coordinator.machine import Coordinator
 
@@ -28,14 +28,20 @@ async def drive(
             inbox.put_nowait(event)
 
     in_flight: set[asyncio.Task[None]] = set()
+    said: list[asyncio.Task[None]] = []  # what the last step tells, which must be heard
     try:
         async with asyncio.TaskGroup() as group:
             while not machine.finished:
+                said = []
                 for action in machine.handle(await _next(inbox, machine.wake_at(), clock)):
                     task = group.create_task(outcome(action))
                     in_flight.add(task)
                     task.add_done_callback(in_flight.discard)
-            for task in in_flight:
+                    if isinstance(action, Record | Settle | Cancel):
+                        said.append(task)
+            if said:
+                await asyncio.wait(said)
+            for task in list(in_flight):
                 task.cancel()
     except BaseExceptionGroup as group_error:
         if len(group_error.exceptions) == 1:  # one cause: let it be seen as itself

@@ -25,8 +25,10 @@ from raypipe.coordinator.policy import Policy
 from raypipe.coordinator.state import Member, Phase, Scores, Ticket
 
 CLOSING_S = 30.0  # for the last judgement, before the run finishes without it
+STOPPED_S = 5.0  # the same when somebody wants the run to end now
 FIRST_S = 3600.0  # for a first ticket without a deadline: nothing is known of the store's speed
 WARM_UP_S = 60.0  # more patience until a store that joined has handed over once: it imports, builds and decodes
+AHEAD = 3  # updates at the head before their turn in store order
 MAX_IN_ONE_SUM = 2  # a fast store's share of one buffer when slots are refilled on arrival
 
 
@@ -51,6 +53,9 @@ class Coordinator:
         self.finished = False
         self._chance = chance
         self._issued = 0
+        self._central_busy = False
+        self._closing_s = CLOSING_S
+        self._empty_since: float | None = None
         self._now = start_at
 
     # -- the only way in ------------------------------------------------------------------------------------
@@ -85,20 +90,23 @@ class Coordinator:
             case ev.EvaluationFailed():
                 self._heard(event.version, event.store)
             case ev.StopAsked(reason=reason):
+                self._closing_s = STOPPED_S
                 actions += self._end(reason, at)
             case ev.Tick():
                 pass
         actions += self._expire(at)
         if self.ending is None and (reason := self._reason_to_end(at)):
             actions += self._end(reason, at)
+        actions += self._collect(at)
         actions += self._fold()
         actions += self._publish()
         actions += self._train(at)
+        self._note_emptiness(at)
         return actions + self._finish(at)
 
     def wake_at(self) -> float:
         """When the next Tick is needed, in seconds of the shell's clock; inf when only an event can help."""
-        pending = [t for t in self.tickets.values() if t.phase <= Phase.COLLECTING]
+        pending = [t for t in self.tickets.values() if t.phase in (Phase.TRAINING, Phase.COLLECTING)]
         times = [t.due_at for t in pending] + [t.hung_at for t in pending]
         times += [m.retry_at for m in self.members.values() if m.present and not m.aside and m.retry_at > self._now]
         if self.started_at is None:
@@ -106,8 +114,10 @@ class Coordinator:
         elif self.policy.max_seconds is not None and self.ending is None:
             limit = self.started_at + self.policy.max_seconds
             times += [limit, limit + 0.5 * (self.policy.budget_s or 0.0)]
+        if self._empty_since is not None:
+            times.append(self._empty_since + self.policy.join_s)
         if self.ending is not None:
-            times.append(self.ending[1] + CLOSING_S)
+            times.append(self.ending[1] + self._closing_s)
         return min((t for t in times if t > self._now), default=math.inf)
 
     # -- stores ---------------------------------------------------------------------------------------------
@@ -157,12 +167,25 @@ class Coordinator:
         ticket = self.tickets.get(event.ticket)
         if ticket is None or ticket.phase is not Phase.TRAINING:
             return []
-        ticket.phase = Phase.COLLECTING
+        ticket.phase = Phase.TRAINED
         ticket.steps, ticket.examples, ticket.num_train = event.steps, event.examples, event.num_train
         ticket.seconds, ticket.loss = event.seconds, event.loss
         if event.seconds > 0:
             self.members[ticket.store].speed = event.steps / event.seconds
-        return [do.Collect(ticket.id, ticket.store)]
+        return []
+
+    def _collect(self, at: float) -> list[do.Action]:
+        """Have updates handed over: at once; where they are folded in store order, a few ahead of their turn, so that
+        the head never holds more than a few, however many stores there are."""
+        waiting = sorted((t for t in self.tickets.values() if t.phase is Phase.TRAINED), key=lambda t: t.store)
+        if self.policy.in_order:
+            held = sum(t.phase in (Phase.COLLECTING, Phase.ARRIVED) for t in self.tickets.values())
+            first = min(self._expected(), default="")
+            waiting = [t for t in waiting if t.store == first or t in waiting[: max(0, AHEAD - held)]]
+        for ticket in waiting:
+            ticket.phase = Phase.COLLECTING
+            ticket.hung_at = max(ticket.hung_at, at + self.policy.hung_s)
+        return [do.Collect(t.id, t.store) for t in waiting]
 
     def _arrived(self, event: ev.UpdateArrived) -> None:
         ticket = self.tickets.get(event.ticket)
@@ -171,6 +194,8 @@ class Coordinator:
         ticket.phase, ticket.num_bytes = Phase.ARRIVED, event.num_bytes
         member = self.members[ticket.store]
         member.warm, member.last_s = True, event.at - ticket.issued_at
+        base, times = member.handed_over
+        member.handed_over = (ticket.base, times + 1 if base == ticket.base else 1)
         member.overhead_s = max(0.0, member.last_s - ticket.seconds)
 
     def _failed(self, event: ev.TrainingFailed, at: float) -> list[do.Action]:
@@ -187,7 +212,8 @@ class Coordinator:
         """Blame the store; where a version waits for its cohort, it stays in it until it is set aside."""
         actions = self._blame(ticket.store, reason, at)
         cohort_waits = self.policy.refill == "on_publish" and not self.policy.tick
-        if cohort_waits and ticket.base == self.version and not self.members[ticket.store].aside:
+        aside = self.members[ticket.store].aside
+        if cohort_waits and ticket.base == self.version and not aside and ticket.store not in self.cohort:
             self.cohort.append(ticket.store)
         return actions
 
@@ -208,7 +234,9 @@ class Coordinator:
     def _expire(self, at: float) -> list[do.Action]:
         """Restart stores that are long past their due time."""
         actions: list[do.Action] = []
-        for ticket in [t for t in self.tickets.values() if t.phase <= Phase.COLLECTING and t.hung_at <= at]:
+        for ticket in [
+            t for t in self.tickets.values() if t.phase in (Phase.TRAINING, Phase.COLLECTING) and t.hung_at <= at
+        ]:
             waited = at - ticket.issued_at
             actions += self._restart(ticket.store, f"no result after {waited:.0f} s; restarted", at)
         return actions
@@ -253,7 +281,7 @@ class Coordinator:
             trust = policy.floor_weight
         worth = 1.0 if policy.weigh == "equal" else float(max(1, ticket.num_train))
         ticket.worth, ticket.weight = worth, worth * max(trust, policy.floor_weight)
-        return True
+        return ticket.weight > 0
 
     def _publish(self) -> list[do.Action]:
         summed = self._in_sum()
@@ -337,7 +365,7 @@ class Coordinator:
             budget = max(0.1 * budget, min(budget, self.started_at + policy.max_seconds - at))
         due = policy.deadline_s if policy.deadline_s is not None else (1.25 * budget + 0.5 if budget else math.inf)
         warm_up = 0.0 if member.warm else WARM_UP_S
-        patience = due if math.isfinite(due) else (10 * member.last_s if member.last_s else FIRST_S)
+        patience = due if math.isfinite(due) else 10 * (member.last_s or self._slowest() or FIRST_S / 10)
         progress = self.progress(at)
         ticket = Ticket(
             f"{self.version}.{self._issued}.{member.id}",
@@ -353,7 +381,13 @@ class Coordinator:
             self.version, {}
         )
         member.issued, member.last_issued_at = member.issued + 1, at
-        return do.Train(ticket.id, member.id, self.version, (progress, progress), budget, steps, evaluate)
+        base, times = member.handed_over
+        repeat = times if base == self.version else 0
+        return do.Train(ticket.id, member.id, self.version, (progress, progress), budget, steps, evaluate, repeat)
+
+    def _slowest(self) -> float:
+        """The longest newest ticket of any store, in seconds; 0 before the first."""
+        return max((m.last_s or 0.0 for m in self.members.values()), default=0.0)
 
     def progress(self, at: float) -> float:
         """How much of the run is over, in [0, 1], by versions or by time, whichever is further."""
@@ -366,10 +400,14 @@ class Coordinator:
 
     def _judge_centrally(self) -> list[do.Action]:
         central = self.scores.central
-        due = central is not None and self.version % self.policy.evaluate_every == 0
-        return [do.Evaluate(self.version, central)] if central is not None and due else []
+        if central is None or self._central_busy or self.version % self.policy.evaluate_every:
+            return []
+        self._central_busy = True
+        return [do.Evaluate(self.version, central)]
 
     def _heard(self, version: int, store: str) -> None:
+        if store == self.scores.central:
+            self._central_busy = False
         if self.awaited is not None and version == self.version:
             self.awaited.discard(store)
 
@@ -402,7 +440,7 @@ class Coordinator:
         reason, since = self.ending
         if self.awaited is None:
             actions += self._judge_last()
-        if not self.awaited or at >= since + CLOSING_S:
+        if not self.awaited or at >= since + self._closing_s:
             for version in sorted(set(self.scores.judged) - self.scores.closed):
                 actions += self._score(version)
             self.finished = True
@@ -417,6 +455,7 @@ class Coordinator:
         if self.scores.central is not None:
             there = [self.scores.central]
         done = self.scores.judged.get(self.version, {})
+        self._central_busy = False
         self.awaited = {s for s in there if s not in done} if self.started_at is not None else set()
         self.tickets = {}
         return [do.Evaluate(self.version, s) for s in sorted(self.awaited)]
@@ -437,7 +476,14 @@ class Coordinator:
             return f"no better version in {policy.patience}"
         if self.members and all(m.aside for m in self.members.values()):
             return "every store is set aside"
+        if self._empty_since is not None and at >= self._empty_since + policy.join_s:
+            return f"no store was left for {policy.join_s:.0f} s"
         return ""
+
+    def _note_emptiness(self, at: float) -> None:
+        """Since when no store can be given work; whoever comes back in time ends it."""
+        usable = any(m.present and not m.aside for m in self.members.values())
+        self._empty_since = None if usable or self.started_at is None else (self._empty_since or at)
 
     def _end(self, reason: str, at: float) -> list[do.Action]:
         if self.ending is not None:

@@ -6,15 +6,18 @@ import math
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+KEPT = 16  # versions for which each store's own word is remembered
+
 
 class Phase(IntEnum):
     """A ticket's way; it leaves the machine when it is settled or failed."""
 
     TRAINING = 1
-    COLLECTING = 2
-    ARRIVED = 3  # can be folded
-    FOLDING = 4
-    FOLDED = 5  # in the sum of a version not yet published
+    TRAINED = 2  # its update waits at the store for its turn
+    COLLECTING = 3
+    ARRIVED = 4  # can be folded
+    FOLDING = 5
+    FOLDED = 6  # in the sum of a version not yet published
 
 
 @dataclass(slots=True)
@@ -52,6 +55,7 @@ class Member:
     warm: bool = False  # it has handed over since it joined
     restarting: bool = False  # we ended its process ourselves
     issued: int = 0
+    handed_over: tuple[int, int] = (-1, 0)  # base version, updates that came of it
     last_issued_at: float = -1.0
     speed: float | None = None  # steps a second, the newest ticket's
     overhead_s: float = 0.0  # from issue to arrival, less training: the link and the queue
@@ -79,6 +83,7 @@ class Scores:
     best: tuple[int, float] | None = None
     scored: dict[int, float] = field(default_factory=dict)
     closed: set[int] = field(default_factory=set)
+    since_best: int = 0  # versions scored that are newer than the best
 
     def add(self, version: int, store: str, metrics: dict[str, float], num_examples: int) -> None:
         """A store's word on a version; an older word than its newest is kept only for that version's record."""
@@ -101,6 +106,11 @@ class Scores:
             self.scored[version] = mean[self.metric]
             if self.best is None or self._better(mean[self.metric], self.best[1]):
                 self.best = (version, mean[self.metric])
+                self.since_best = sum(v > version for v in self.scored)
+            elif version > self.best[0]:
+                self.since_best += 1
+        for old in [v for v in self.judged if v in self.closed and v < version - KEPT]:
+            del self.judged[old]
         return mean
 
     def _better(self, one: float, other: float) -> bool:
@@ -112,4 +122,4 @@ class Scores:
 
     def stale_for(self, patience: int) -> bool:
         """Whether the newest `patience` scored versions brought no better one."""
-        return self.best is not None and sum(v > self.best[0] for v in self.scored) >= patience
+        return self.best is not None and self.since_best >= patience

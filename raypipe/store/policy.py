@@ -130,6 +130,8 @@ def read_policy(home: Path) -> Policy:
 
 
 def _problem(place: list[int | str], kind: str, message: str) -> str:
+    if len(place) > 1 and place[0] == "data":  # the names of data sets are the store's own
+        place = ["data", "<name>", *place[2:]]
     key = ".".join(map(str, place))
     if kind == "extra_forbidden":
         known = DataSet.model_fields if len(place) > 1 else Policy.model_fields

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from raypipe.errors import ConfigError, StoreRefused
+from raypipe.errors import ConfigError, StoreError, StoreRefused
 from raypipe.models import models
 from raypipe.store.batches import Images
 from raypipe.store.messages import PROTOCOL, Card, Command, Evaluation, Part, Plan, Refusal, Report, Ticket, Verdict
@@ -84,8 +84,13 @@ class Site:
         self._early: OrderedDict[str, Command] = OrderedDict()
 
     def describe(self) -> Card:
-        """Opens every data set that the policy offers. Raises ConfigError for one that cannot be read."""
-        data = {name: self._shelf.data(name) for name in self.policy.data}
+        """Opens every data set of the policy; one that cannot be read is left out, and refused when asked for."""
+        data = {}
+        for name in self.policy.data:
+            try:
+                data[name] = self._shelf.data(name)
+            except (ConfigError, StoreRefused) as error:
+                self._log.error("data set left out: %s", error.message)
         return Card(
             store=self.store,
             protocol=PROTOCOL,
@@ -160,6 +165,12 @@ class Site:
         """An exception as a message; what may not leave the store goes to its own log."""
         return refusal(error, self.store, method, self._log, ticket_id)
 
+    def _judge_base(self, plan: Plan, learner: Learner, split: str, control: Control) -> Evaluation | None:
+        """None where the store has no such split, or nothing in it: it trains all the same."""
+        if self._shelf.data(plan.data).counts.get(split, 0) == 0:
+            return None
+        return self._evaluate(plan, learner, split, control)
+
     def _train(
         self,
         ticket: Ticket,
@@ -174,7 +185,7 @@ class Site:
         model.load(weights)
         evaluation = None
         if ticket.evaluate is not None and ticket.judge is None:
-            evaluation = self._evaluate(plan, learner, ticket.evaluate, control)
+            evaluation = self._judge_base(plan, learner, ticket.evaluate, control)
         optimizer = optimizers.build(plan.optimizer)(model.weights)
         key = json.dumps([plan.run, plan.layout, plan.optimizer], sort_keys=True)
         if plan.keep_optimizer and key in self._kept:
@@ -195,7 +206,7 @@ class Site:
         with np.errstate(all="ignore"):
             finite = np.isfinite(update.sum())
         if not finite:
-            raise StoreRefused(f"the update is not finite after {outcome.steps} steps; lower lr")
+            raise StoreError(f"the update is not finite after {outcome.steps} steps; lower lr")
         report = self._report(ticket, images, outcome, update.nbytes, evaluation)
         state = optimizer.state_dict() if plan.keep_optimizer else None
         self._outbox[ticket.id] = Pending(report, update, key, state)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from raypipe.errors import StoreRefused
+from raypipe.errors import StoreError, StoreRefused
 from raypipe.models.flat import FlatModel
 from raypipe.store.batches import Images, batches_per_epoch, in_order, shuffled
 from raypipe.store.messages import Command
@@ -167,7 +167,7 @@ class Losses:
                 self._behind.popleft().synchronize()
 
     def mean(self) -> float:
-        """Over the images. Raises StoreRefused when a loss was not finite."""
+        """Over the images. Raises StoreError when a loss was not finite."""
         self._look()
         return self._sum / max(1, self.examples)
 
@@ -177,7 +177,7 @@ class Losses:
         values = torch.stack([loss for loss, _ in self._new]).double().cpu().numpy()
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
-            raise StoreRefused(f"the loss is not finite at step {self._steps + int(bad[0]) + 1}; lower lr")
+            raise StoreError(f"the loss is not finite at step {self._steps + int(bad[0]) + 1}; lower lr")
         self._sum += float(values @ np.array([num for _, num in self._new], np.float64))
         self._steps += len(self._new)
         self._new.clear()
