@@ -172,7 +172,7 @@ class Bench:
         config = self.load({**said, "evaluate": {"alone": False, "test": False}})
         run = new_run_id(config.name, time.time())
         options = {"name": f"coordinator/{run}", "namespace": NAMESPACE, **on_head()}
-        actor = CoordinatorActor.options(**options).remote(compose, to_dict(config), run, str(self.home))
+        actor = CoordinatorActor.options(**options).remote(compose, to_dict(config), run, str(self.home), {})
         work = actor.work.remote()
         while not ray.wait([work], timeout=0)[0]:
             ray.get(actor.progress.remote(0, 0.3), timeout=60)

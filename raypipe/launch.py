@@ -19,7 +19,7 @@ from raypipe.placement.homes import raypipe_home
 from raypipe.run import compose, new_run_id
 from raypipe.tracking.console import Screen
 
-GIVE_UP_S = 30.0  # after a second Ctrl-C, or when the coordinator does not answer
+GIVE_UP_S = 90.0  # after a second Ctrl-C, or when the coordinator does not answer
 
 
 def federate(config: RunConfig, address: str | None, screen: Screen) -> dict[str, Any]:
@@ -72,10 +72,11 @@ def _start_here(config: RunConfig) -> None:
     stores = raypipe_home() / "demo" / config.name
     os.environ["RAYPIPE_STORES"] = str(stores)
     ids = [store.id for store in config.stores]
-    central = [config.evaluate.central] if config.evaluate.central else []
+    if config.evaluate.central:
+        raise ConfigError("evaluate.central: there is no such store on this machine alone; name a cluster: --address")
     with ThreadPoolExecutor(1) as beside:
         data = beside.submit(make_demo_stores, config, stores)
-        cluster.start_local([*ids, *central], sum(store.cpus for store in config.stores), 64 * 2**20)
+        cluster.start_local(ids, sum(store.cpus for store in config.stores), 64 * 2**20)
         data.result()
 
 
@@ -110,22 +111,28 @@ def _watch(config: RunConfig, run: str, home: str | None, screen: Screen) -> dic
     from raypipe.placement.actor import NAMESPACE
 
     options = {"name": f"coordinator/{run}", "namespace": NAMESPACE, **on_head()}
-    actor: Any = CoordinatorActor.options(**options).remote(compose, to_dict(config), run, home)
+    mlflow = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
+    actor: Any = CoordinatorActor.options(**options).remote(compose, to_dict(config), run, home, mlflow)
     work: Any = actor.work.remote()
     stop = _StopKey(lambda: actor.stop.remote("stopped by hand"))
     try:
         with stop:
+            seen, asked = 0, actor.progress.remote(0, 0.3)
             while not ray.wait([work], timeout=0)[0]:
                 stop.check()
-                state = ray.get(actor.progress.remote(0, 0.3), timeout=GIVE_UP_S)
+                if not ray.wait([asked], timeout=0.3)[0]:
+                    continue  # a busy coordinator: patience
+                state = ray.get(asked)
                 screen.update(state["phase"], state["board"])
+                seen = len(state["board"]["lines"]) if state["board"] else 0
+                asked = actor.progress.remote(seen, 0.3)
             summary: dict[str, Any] = ray.get(work)
             return summary
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RaypipeError):
             raise error.cause from None
         raise
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+    except ray.exceptions.RayActorError as error:
         raise RunError(
             f"the coordinator ended ({type(error).__name__}); the record so far: raypipe versions {run}"
         ) from None

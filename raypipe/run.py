@@ -38,7 +38,7 @@ from raypipe.tasks import tasks
 from raypipe.tasks.metrics import lower_is_better
 from raypipe.tracking.book import RunBook
 from raypipe.types import Role
-from raypipe.update.codec import codecs, encoded_bytes
+from raypipe.update.codec import chain, codecs, encoded_bytes
 
 METRICS = ("accuracy", "loss")
 
@@ -73,8 +73,11 @@ def part_problems(said: Mapping[str, Any]) -> list[str]:
             value = value.get(step) if isinstance(value, Mapping) else None
         problems += _part_problems(registry, value, key)
     codec_list = said.get("update")
+    wrong = len(problems)
     for place, codec in enumerate(codec_list if isinstance(codec_list, list) else []):
         problems += _part_problems(codecs, codec, f"update.{place}")
+    if isinstance(codec_list, list) and len(problems) == wrong:
+        problems += _chain_problems(codec_list)
     judged = said.get("evaluate")
     metric = judged.get("metric", METRICS[0]) if isinstance(judged, Mapping) else METRICS[0]
     if metric not in METRICS:
@@ -87,6 +90,14 @@ def _part_problems(registry: Registry[Any], value: Any, key: str) -> list[str]:
     if not isinstance(part, Mapping) or not isinstance(part.get("name"), str):
         return []  # not said, or not a part at all: the schema has said so
     return registry.problems(part, key)
+
+
+def _chain_problems(how: list[Any]) -> list[str]:
+    try:
+        chain([{"name": codec} if isinstance(codec, str) else codec for codec in how])
+    except (ConfigError, TypeError, KeyError) as error:
+        return [f"update: {error}"]
+    return []
 
 
 def policy_of(config: RunConfig) -> Policy:
@@ -181,7 +192,7 @@ def compose(config: dict[str, Any], run: str, *, home: str | None, put: Callable
     def read(version: int) -> np.ndarray:
         return vector_from(layout, book.versions.read(version))
 
-    return Composition(said, machine, shell, board, plan, place, folder, None, 1, code, read)
+    return Composition(said, machine, shell, board, plan, place, folder, 1, code, book.versions.kept, read)
 
 
 def code_hash() -> str:

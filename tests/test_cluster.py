@@ -41,7 +41,7 @@ class Federation:
         self._ray = ray
         self.run = new_run_id(config["name"], time.time())
         said = RunConfig.model_validate(config).model_dump(mode="json")
-        self.actor = CoordinatorActor.remote(compose, said, self.run, str(cluster.home))  # type: ignore[attr-defined]
+        self.actor = CoordinatorActor.remote(compose, said, self.run, str(cluster.home), {})
         self.work = self.actor.work.remote()
         self.folder = cluster.home / "runs" / self.run
 

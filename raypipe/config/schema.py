@@ -175,6 +175,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _stores_suffice(self) -> RunConfig:
+        if self.evaluate.central in {store.id for store in self.stores}:
+            raise ValueError(f"evaluate.central {self.evaluate.central} is a store that trains; name one that does not")
         for key in ("quorum", "cohort"):
             wanted = getattr(self.pacing, key)
             if wanted is not None and wanted > len(self.stores):

@@ -7,6 +7,7 @@ asks for no CPU, and keeps its run's folder there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -15,22 +16,31 @@ import ray
 
 from raypipe.config.schema import Store
 from raypipe.coordinator import events as ev
-from raypipe.coordinator.closing import conclude
+from raypipe.coordinator.closing import conclude, unjudged
 from raypipe.coordinator.composition import Composition
 from raypipe.coordinator.loop import drive
 from raypipe.coordinator.shell import Handle
-from raypipe.errors import RunError
+from raypipe.errors import RaypipeError, RunError
 from raypipe.store.actor import StoreClient
 from raypipe.tracking.actor import MlflowFollower
 
 RETRY_S = 5.0
-DRAIN_S = 20.0  # how long the end waits for MLflow
+DRAIN_S = 30.0  # how long the end waits for MLflow
 
 
 class Coordinator:
     """One run. `compose` builds its parts in this process, from plain configuration."""
 
-    def __init__(self, compose: Callable[..., Composition], config: dict[str, Any], run: str, home: str | None) -> None:
+    def __init__(
+        self,
+        compose: Callable[..., Composition],
+        config: dict[str, Any],
+        run: str,
+        home: str | None,
+        mlflow: dict[str, str],
+    ) -> None:
+        """`mlflow`: MLFLOW_* settings, logins too, for the follower alone; no store sees them."""
+        self._mlflow = mlflow
         self._compose = lambda: compose(config, run, home=home, put=ray.put)
         self._run = run
         self._composition: Composition | None = None
@@ -40,6 +50,7 @@ class Coordinator:
         self._changed = asyncio.Event()
         self._summary: dict[str, Any] | None = None
         self._stop_reason = ""
+        self._stopped = asyncio.Event()
 
     async def work(self) -> dict[str, Any]:
         """The whole run; its summary. Raises RunError when it cannot begin or go on."""
@@ -47,17 +58,22 @@ class Coordinator:
         shell = made.shell
         await asyncio.to_thread(shell.begin)
         if made.config.track.mlflow:
-            folder, uri = str(made.folder), made.tracking_uri
-            self._follower = MlflowFollower.options(**_beside_me()).remote(folder, uri, str(made.home))
+            folder, home = str(made.folder), str(made.home)
+            self._follower = MlflowFollower.options(**_beside_me()).remote(folder, None, home, self._mlflow)
         background = [asyncio.create_task(shell.run_lane()), asyncio.create_task(self._tell())]
         try:
             for store in made.config.stores:
                 self._keep(store)
             if made.config.evaluate.central:
-                self._keep(Store(id=made.config.evaluate.central))
+                self._keep(Store(id=made.config.evaluate.central), trains=False)
             self._phase = "waiting for stores"
+            if self._stop_reason:
+                await self.stop(self._stop_reason)
             await self._race(drive(made.machine, self._perform, shell.inbox, shell.clock), background[0])
             return await self._close(made)
+        except Exception as error:
+            await self._break_off(made, error)
+            raise
         finally:
             for task in [*background, *self._keeping.values()]:
                 task.cancel()
@@ -77,6 +93,7 @@ class Coordinator:
     async def stop(self, reason: str) -> None:
         """End the run; what was published is kept."""
         self._stop_reason = reason
+        self._stopped.set()
         if self._composition is not None:
             shell = self._composition.shell
             shell.inbox.put_nowait(ev.StopAsked(reason, shell.clock()))
@@ -104,28 +121,36 @@ class Coordinator:
         self._changed.set()
         return event
 
-    def _keep(self, store: Store) -> None:
+    def _keep(self, store: Store, *, trains: bool = True) -> None:
         made = self._composition
         if made is None:
             raise RunError("the run has not begun yet")
         if store.id in self._keeping and not self._keeping[store.id].done():
             raise RunError(f"store {store.id} is in this run already")
         port = StoreClient(store, self._run, made.epoch, made.code)
-        keeping = made.shell.keep(store.id, port, made.config.pacing.heartbeat_s, RETRY_S)
+        keeping = made.shell.keep(store.id, port, made.config.pacing.heartbeat_s, RETRY_S, trains=trains)
         self._keeping[store.id] = asyncio.create_task(keeping)
 
     async def _race(self, main: Coroutine[Any, Any, None], *others: asyncio.Task[None]) -> None:
         """Run `main`; an error of another task that should never end is the run's."""
         running = asyncio.create_task(main)
-        watched = {running, *others, *self._keeping.values()}
         while not running.done():
-            done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            watched = {running, *others, *(task for task in self._keeping.values() if not task.done())}
+            done, _ = await asyncio.wait(watched, timeout=5, return_when=asyncio.FIRST_COMPLETED)
             for task in done - {running}:
-                watched.discard(task)
                 if not task.cancelled() and (error := task.exception()) is not None:
                     running.cancel()
                     raise error
         await running
+
+    async def _break_off(self, made: Composition, error: Exception) -> None:
+        """The record says that the run failed, if it can still be written."""
+        reason = error.message if isinstance(error, RaypipeError) else type(error).__name__
+        body = {"reason": reason, "status": "failed", "versions": made.machine.version, "best_version": None}
+        with contextlib.suppress(RunError):
+            await asyncio.to_thread(made.shell.record, "run_finished", {**body, "at": time.time()})
+            if self._follower is not None:
+                await self._drain()
 
     async def _tell(self) -> None:
         while True:
@@ -140,11 +165,14 @@ class Coordinator:
         judge = made.config.evaluate.test and not stopped and not failed
         if not failed:
             self._phase = "testing the best version, and each store alone"
+            if best not in made.kept():
+                best = machine.version
             first, last = await asyncio.to_thread(made.read, 0), await asyncio.to_thread(made.read, best)
             handles: list[Handle] = [ray.put(first), ray.put(last)]
             ports = {s: p for s, p in shell.ports.items() if s in self._keeping and s != made.config.evaluate.central}
             kwargs = {"seed": made.config.seed, "epoch": made.epoch, "first": handles[0], "best": handles[1]}
-            table = await conclude(ports, made.board, made.plan, alone=made.config.evaluate.alone, test=judge, **kwargs)
+            judging = conclude(ports, made.board, made.plan, alone=made.config.evaluate.alone, test=judge, **kwargs)
+            table = await self._unless_stopped(judging) or unjudged(made.board)
         reason = made.ending(self._stop_reason)
         shared = [(r["shared"], r["images"]) for r in table if r["shared"] is not None]
         test = {made.board.metric: sum(a for a, _ in shared) / len(shared)} if shared else {}
@@ -159,14 +187,27 @@ class Coordinator:
         self._phase = "over"
         return {**self._summary, "board": made.board.snapshot()}
 
+    async def _unless_stopped(self, judging: Coroutine[Any, Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """The table, or nothing when somebody wants the run to end now."""
+        task, stopped = asyncio.create_task(judging), asyncio.create_task(self._stopped.wait())
+        if not self._stop_reason:
+            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if task.done():
+            return task.result()
+        task.cancel()
+        return []
+
     async def _drain(self) -> dict[str, Any]:
         """Give MLflow a while; what it lacks is in the journal and follows later."""
         answer: dict[str, Any] = {"done": False, "where": "", "trouble": ""}
         try:
             async with asyncio.timeout(DRAIN_S + 5):
-                answer["done"] = await self._follower.drain.remote(DRAIN_S)
+                until = time.monotonic() + DRAIN_S
+                while not answer["done"] and time.monotonic() < until and not answer["trouble"]:
+                    answer["done"] = await self._follower.drain.remote(4.0)
+                    answer["trouble"] = "" if answer["done"] else await self._follower.trouble.remote()
                 answer["where"] = await self._follower.where.remote()
-                answer["trouble"] = await self._follower.trouble.remote()
         except (TimeoutError, ray.exceptions.RayError) as error:
             answer["trouble"] = type(error).__name__
         return answer

@@ -12,7 +12,7 @@ from raypipe.store import messages as msg
 from raypipe.store.seeds import ticket_seed
 from raypipe.tasks.metrics import metrics
 
-PATIENCE_S = 600.0  # for all stores together
+PATIENCE_S = 600.0  # for all stores together; a store that has trained longer than this trains none alone
 
 
 async def conclude(
@@ -50,11 +50,18 @@ async def conclude(
         )
         return _score((await ports[store].train(ticket, raw, first)).evaluation, board.metric)
 
-    rows = {row["store"]: row for row in board.snapshot()["rows"] if row["images"]}
+    rows = {row["store"]: row for row in unjudged(board)}
     there = [s for s, row in rows.items() if row["state"] in ("ready", "training") and s in ports]
     shared_scores = await _all({s: shared(s) for s in there if test})
-    own_scores = await _all({s: own(s, rows[s]["steps"]) for s in there if test and alone and rows[s]["steps"]})
+    able = [s for s in there if test and alone and rows[s]["steps"] and rows[s]["seconds"] < PATIENCE_S]
+    own_scores = await _all({s: own(s, rows[s]["steps"]) for s in able})
     return [{**row, "shared": shared_scores.get(s), "alone": own_scores.get(s)} for s, row in rows.items()]
+
+
+def unjudged(board: Board) -> list[dict[str, Any]]:
+    """The table's rows before, or without, the last judgement."""
+    rows = [row for row in board.snapshot()["rows"] if row["images"]]
+    return [{**row, "shared": None, "alone": None} for row in rows]
 
 
 async def _all(asked: dict[str, Any]) -> dict[str, float | None]:

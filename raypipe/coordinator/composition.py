@@ -26,9 +26,9 @@ class Composition:
     plan: Plan
     home: Path
     folder: Path
-    tracking_uri: str | None
     epoch: int
     code: str
+    kept: Callable[[], list[int]]  # versions whose weights are kept
     read: Callable[[int], np.ndarray]  # a kept version's flat vector
 
     def ending(self, stop_reason: str) -> str:

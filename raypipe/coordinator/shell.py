@@ -9,6 +9,7 @@ its Published event, and nobody is told of it earlier.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ from raypipe.store.seeds import ticket_seed
 from raypipe.tasks.metrics import metrics
 from raypipe.types import Layout
 
+UNJUDGED = 64  # versions back to which a judgement may still come
+MAX_RETRY_S = 300.0  # between two tries to have a store in
 PATIENCE_S = 20.0  # before a store that does not come is spoken of
 Handle: TypeAlias = Any  # a version's weights as stores can fetch them
 
@@ -60,7 +63,7 @@ class Book(Protocol):
 
     def record(self, kind: str, body: Mapping[str, Any]) -> None: ...
     def keep(self, version: int, vector: np.ndarray, layout: Layout) -> tuple[str, str, int]: ...
-    def prune(self, newest: int, best: int | None) -> None: ...
+    def prune(self, in_use: frozenset[int], best: int | None) -> None: ...
 
 
 class Shell:
@@ -94,6 +97,8 @@ class Shell:
         self._holds: Counter[int] = Counter()  # tickets in flight on each version
         self._sent: set[tuple[int, str]] = set()
         self._updates: dict[str, np.ndarray] = {}
+        self._collecting: set[str] = set()
+        self._unjudged: set[int] = set()  # versions whose judgement may still come: their weights are kept
         self._lane: asyncio.Queue[tuple[do.Action, asyncio.Future[Any]]] = asyncio.Queue()
         self._arithmetic = ThreadPoolExecutor(1, thread_name_prefix="arithmetic")
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
@@ -113,6 +118,7 @@ class Shell:
                 return await self._evaluate(action)
             case do.Settle():
                 self._updates.pop(action.ticket, None)
+                self._collecting.discard(action.ticket)
                 self.ports[action.store].settle(msg.Verdict(action.ticket, action.version, action.reason))
             case do.Cancel():
                 self.ports[action.store].control(action.ticket, "stop")
@@ -124,9 +130,9 @@ class Shell:
 
     # -- stores ---------------------------------------------------------------------------------------------
 
-    async def keep(self, store: str, port: Port, heartbeat_s: float, retry_s: float) -> None:
+    async def keep(self, store: str, port: Port, heartbeat_s: float, retry_s: float, *, trains: bool = True) -> None:
         """Have a store in the run for as long as the run lasts: join, watch, and take it in again when it returns."""
-        self.ports[store], said = port, ""
+        self.ports[store], said, tries = port, "", 0
         while True:
             try:
                 card = await self._joined(store, port)
@@ -135,16 +141,23 @@ class Shell:
                 if said != error.message:
                     await self._in_lane(do.Record(kind, {"store": store, "reason": error.message}))
                 said = error.message
-                await asyncio.sleep(retry_s)
+                port.kill()
+                await asyncio.sleep(min(MAX_RETRY_S, retry_s * 2**tries))
+                tries = min(tries + 1, 16)
                 continue
+            said, tries = "", 0
             counts = card.data.get(self._data, {})
             body = {"store": store, "counts": counts, "cpus": card.cpus, "gpu": card.gpu, "node": card.node}
             body |= {"data_bytes": card.data_bytes.get(self._data, 0), "hash": card.data_hashes.get(self._data)}
             await self._in_lane(do.Record("store_joined", body))
-            self.inbox.put_nowait(ev.StoreJoined(store, counts.get("train", 0), self.clock()))
+            if trains:
+                self.inbox.put_nowait(ev.StoreJoined(store, counts.get("train", 0), self.clock()))
             silent, why = await port.watch(heartbeat_s)
             event = ev.StoreHung if silent else ev.StoreLeft
-            self.inbox.put_nowait(event(store, why, self.clock()))
+            if trains:
+                self.inbox.put_nowait(event(store, why, self.clock()))
+            else:
+                port.kill()
             if silent:
                 await asyncio.sleep(retry_s)  # the machine has its process ended
 
@@ -173,7 +186,7 @@ class Shell:
             store=action.store,
             epoch=self._epoch,
             version=action.version,
-            seed=ticket_seed(self._seed, action.store, action.version),
+            seed=ticket_seed(self._seed, action.store, action.version, action.repeat),
             progress=action.progress,
             budget_s=action.budget_s,
             max_steps=min((n for n in (action.max_steps, self._max_steps) if n is not None), default=None),
@@ -182,6 +195,8 @@ class Shell:
         )
         self._count_down(action.version, action.store)
         self._holds[action.version] += 1
+        if action.evaluate:
+            self._unjudged.add(action.version)
         try:
             report = await self.ports[action.store].train(ticket, self.plan, self._handles[action.version])
         except StoreError as error:
@@ -191,16 +206,22 @@ class Shell:
             self._release(action.version)
             self.board.ready(action.store)
         if report.evaluation is not None:
-            self.inbox.put_nowait(self._judged(action.version, report.evaluation))
+            self.inbox.put_nowait(self._judged(action.version, action.store, report.evaluation))
         return ev.Trained(
-            report.ticket, report.steps, report.examples, report.num_train, report.seconds, report.loss, self.clock()
+            action.ticket, report.steps, report.examples, report.num_train, report.seconds, report.loss, self.clock()
         )
 
     async def _collect(self, action: do.Collect) -> ev.Event:
+        self._collecting.add(action.ticket)
         try:
             update = await self.ports[action.store].collect(action.ticket, self._how)
         except StoreError as error:
-            return ev.TrainingFailed(action.ticket, _bare(error, action.store), self.clock())
+            self._collecting.discard(action.ticket)
+            final = isinstance(error, StoreRefused)
+            return ev.TrainingFailed(action.ticket, _bare(error, action.store), self.clock(), final)
+        if action.ticket not in self._collecting:  # settled while it was on its way
+            return ev.TrainingFailed(action.ticket, "it came too late", self.clock())
+        self._collecting.discard(action.ticket)
         self._updates[action.ticket] = update
         self._bytes_total += update.nbytes
         return ev.UpdateArrived(action.ticket, update.nbytes, self.clock())
@@ -210,17 +231,18 @@ class Shell:
         self._holds[action.version] += 1
         try:
             port, handle = self.ports[action.store], self._handles[action.version]
-            return self._judged(action.version, await port.evaluate(self.plan, handle, "validation"))
+            judged = await port.evaluate(self.plan, handle, "validation")
+            return self._judged(action.version, action.store, judged)
         except StoreError:
             return ev.EvaluationFailed(action.version, action.store, self.clock())
         finally:
             self._release(action.version)
 
-    def _judged(self, version: int, evaluation: msg.Evaluation) -> ev.Event:
-        if not evaluation.num_examples:
-            return ev.EvaluationFailed(version, evaluation.store, self.clock())
+    def _judged(self, version: int, store: str, evaluation: msg.Evaluation) -> ev.Event:
         values = metrics(evaluation.sums, evaluation.num_examples)
-        return ev.Evaluated(version, evaluation.store, values, evaluation.num_examples, self.clock())
+        if not values or not all(map(math.isfinite, values.values())):
+            return ev.EvaluationFailed(version, store, self.clock())
+        return ev.Evaluated(version, store, values, evaluation.num_examples, self.clock())
 
     def _count_down(self, version: int, store: str) -> None:
         if (version, store) not in self._sent:
@@ -231,8 +253,11 @@ class Shell:
     def _release(self, version: int) -> None:
         """The weights leave the object store when the last ticket on them ended and a newer version is there."""
         self._holds[version] -= 1
-        for old in [v for v in self._handles if v < max(self._handles) and self._holds[v] <= 0]:
+        newest = max(self._handles)
+        for old in [v for v in list(self._handles) if v < newest and self._holds[v] <= 0]:
             del self._handles[old]
+            self._holds.pop(old, None)
+            self._sent = {(v, s) for v, s in self._sent if v != old}
 
     # -- the lane -------------------------------------------------------------------------------------------
 
@@ -276,7 +301,8 @@ class Shell:
         return [None]
 
     def _fold(self, folds: Sequence[do.Fold]) -> list[ev.Event | None]:
-        portions = [portion for fold in folds for portion in fold.portions]
+        asked = [portion for fold in folds for portion in fold.portions]
+        portions = [p for p in asked if p.ticket in self._updates]  # those settled since, at the end, are gone
         arrays = [self._updates.pop(p.ticket) for p in portions]
         refused = self.model.fold([(a, p.weight, p.steps) for a, p in zip(arrays, portions, strict=True)])
         reasons = {portions[index].ticket: reason for index, reason in refused.items()}
@@ -311,7 +337,9 @@ class Shell:
         }
         self._bytes_down, self._published = 0, now
         self.record("version_published", body)
-        self.book.prune(action.version, self.board.best[0] if self.board.best else None)
+        self._unjudged = {v for v in self._unjudged if v > action.version - UNJUDGED}
+        in_use = frozenset(self._unjudged | {v for v, held in list(self._holds.items()) if held > 0})
+        self.book.prune(in_use, self.board.best[0] if self.board.best else None)
         self._handles[action.version] = fetchable.result()
         return ev.Published(action.version, self.clock())
 
@@ -319,6 +347,8 @@ class Shell:
         """Write a fact down, then let it be seen. In the lane's thread, or before the lane runs."""
         self.book.record(kind, body)
         self.board.add(kind, body)
+        if kind == "evaluated":
+            self._unjudged.discard(body["version"])
 
     def begin(self) -> None:
         """Version 0: durable and fetchable."""

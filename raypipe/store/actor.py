@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 from collections.abc import Callable
 from typing import Any, cast
@@ -104,14 +105,14 @@ class StoreClient:
 
     def __init__(self, store: Store, run: str, epoch: int, code: str) -> None:
         self.store = store
-        self._name = f"{run}/{store.id}/{epoch}/{code[:8]}"
+        self._name = f"{run}/{store.id}/{epoch}/{code[:8]}-{secrets.token_hex(2)}"
         self._lives = 0
         self._actor: Any = None
         self._process: int | None = None
 
     async def join(self) -> msg.Card:
         """Make the actor and hear who it is; waits for as long as no node offers the store's resource."""
-        self._lives += 1
+        self._lives, self._process = self._lives + 1, None
         options = store_options(self.store.id, self.store.cpus, self.store.gpus)
         name = f"{self._name}/{self._lives}"
         self._actor = StoreActor.options(name=name, namespace=NAMESPACE, **options).remote(
@@ -161,7 +162,7 @@ class StoreClient:
                 missed = 0
             except TimeoutError:
                 missed += 1
-            except GONE as error:
+            except rex.RayError as error:
                 return False, _why(error)
         return True, f"no heartbeat for {2 * heartbeat_s:.0f} s"
 

@@ -19,8 +19,18 @@ POLL_S = 0.5
 class Following:
     """Sync, with its loop in a thread that `__init__` starts, so that a restarted one goes on from its cursor."""
 
-    def __init__(self, run_dir: str, uri: str | None = None, home: str | None = None) -> None:
-        """`run_dir` is absolute; its journal may be missing yet. `uri`, `home`: as in `mlflow_sink.Sink`."""
+    def __init__(
+        self,
+        run_dir: str,
+        uri: str | None = None,
+        home: str | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        """`run_dir` is absolute; its journal may be missing yet. `uri`, `home`: as in `mlflow_sink.Sink`.
+
+        `environment`: MLFLOW_* settings for this process alone, set before MLflow is imported.
+        """
+        os.environ.update(environment or {})
         os.nice(10)  # whatever it does, training goes first
         self._where = (Path(run_dir), uri, Path(home) if home else None)
         self._stop = threading.Event()

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from raypipe.errors import ConfigError
+from raypipe.errors import ConfigError, RunError
 from raypipe.placement.homes import raypipe_home
 from raypipe.tracking.journal import Journal
 from raypipe.tracking.lineage import model_card
@@ -33,7 +33,10 @@ class RunBook:
     """Writes facts and weights; see coordinator/shell.py for who calls what when."""
 
     def __init__(self, folder: Path, keep_last: int, keep_every: tuple[int, ...], wall: Callable[[], float]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"the run's folder {folder} cannot be made: {error.strerror}") from None
         self.folder = folder
         self.versions = VersionStore(folder / "versions")
         self._journal = Journal(folder / "journal.sqlite", write=True)
@@ -52,10 +55,9 @@ class RunBook:
         stored = self.versions.write(version, vector, layout, card)
         return stored.file, stored.hash, stored.num_bytes
 
-    def prune(self, newest: int, best: int | None) -> None:
-        """Remove the weights that the rule does not keep."""
-        unjudged = frozenset({newest - 1, newest - 2})
-        self.versions.prune(Retention(self._last, self._every, best, unjudged))
+    def prune(self, in_use: frozenset[int], best: int | None) -> None:
+        """Remove the weights that the rule does not keep and nobody needs."""
+        self.versions.prune(Retention(self._last, self._every, best, in_use))
 
     def close(self) -> None:
         """Idempotent."""

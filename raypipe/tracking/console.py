@@ -12,8 +12,9 @@ from rich.table import Table
 
 from raypipe.tracking.lineage import VersionRow
 
-PLAIN_LINES = 9  # progress lines at most where nobody watches live
-SHOWN_EVENTS = 6  # of stores that left, failed, ...; the rest is in the record
+PLAIN_LINES = 6  # progress lines at most where nobody watches live
+PLAIN_ROWS = 10  # stores in the table at the end there
+SHOWN_EVENTS = 4  # of stores that left, failed, ...; the rest is in the record
 
 
 class Screen:
@@ -103,7 +104,10 @@ def show_summary(console: Console, summary: Mapping[str, Any], next_command: str
     table: Sequence[Mapping[str, Any]] = summary["table"]
     board = summary["board"]
     if table:
-        console.print(_final_table(table))
+        shown = table if console.is_terminal else table[:PLAIN_ROWS]
+        console.print(_final_table(shown))
+        if len(shown) < len(table):
+            console.print(f"... and {len(table) - len(shown)} more stores, in the run's record", highlight=False)
     lines = ["(alone, shared: accuracy on the test set; stale: mean versions behind when folded)"] if table else []
     alone = [row["alone"] for row in table if row["alone"] is not None]
     test = next(iter(summary["test"].values()), None)
