@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from raypipe.data.sample import encode_png
 from raypipe.data.schema import write_split
-from raypipe.errors import ConfigError, RaypipeError, StoreRefused
+from raypipe.errors import ConfigError, RaypipeError, StoreError
 from raypipe.models import models
 from raypipe.models.flat import flatten, initial, state_dict_from
 from raypipe.store.messages import Plan, Ticket, Verdict, encode
@@ -87,7 +87,7 @@ class Case:
         return self.site.collect(self.train(ticket, **plan).ticket, [])
 
     def refused(self, call: Callable[[], object]) -> str:
-        with pytest.raises(StoreRefused) as caught:
+        with pytest.raises(StoreError) as caught:
             call()
         assert "\n" not in caught.value.message
         return caught.value.message
@@ -247,7 +247,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no end": ({"max_epochs": None}, {}, "the ticket has no end"),
     "negative": ({"max_steps": 0}, {}, "are above 0"),
     "store": ({"store": "north"}, {}, "for store 'north', this is 'south'"),
-    "split": ({"evaluate": "vaildation"}, {}, "Did you mean 'validation'?"),
+    "split": ({"judge": "vaildation"}, {}, "Did you mean 'validation'?"),
     "classes": ({}, {"task": {**TASK, "classes": ["boots", "hats", "gloves"]}}, "outside the task's 3 classes"),
     "diverged": ({"max_epochs": 20}, {"lr": 1e6}, "the loss is not finite at step "),
     "infinite": ({"max_steps": 1}, {"optimizer": {"name": "to_infinity"}}, "the update is not finite after 1 steps"),
@@ -413,7 +413,7 @@ def test_nothing_of_the_data_leaves_by_an_accident(
     [
         ("store: south\nmax_secnds: 3\n", "policy.yaml: no key 'max_secnds'. Did you mean 'max_seconds'?"),
         ("store: south\nmax_seconds: -1\n", "policy.yaml: max_seconds: input should be greater than 0"),
-        ("store: south\ndata: {products: {foldr: canary}}\n", "data.products.foldr"),
+        ("store: south\ndata: {products: {foldr: canary}}\n", "no key 'data.<name>.foldr'. Did you mean 'folder'?"),
         ("store: [\n", "policy.yaml is not YAML: see line 2"),
         (None, "policy.yaml of the store cannot be read: No such file or directory"),
     ],
