@@ -164,7 +164,9 @@ def _tracked(mlflow: Mapping[str, Any] | None) -> list[str]:
     if mlflow is None:
         return []
     if mlflow["done"]:
-        return [f"MLflow: {mlflow['where']}"]
+        where = str(mlflow["where"])
+        how = f"; to see it: mlflow ui --backend-store-uri {where}" if where.startswith("sqlite:") else ""
+        return [f"MLflow: {where}{how}"]
     return [f"MLflow is behind ({mlflow['trouble'] or 'busy'}): nothing is lost; later run: raypipe track last"]
 
 

@@ -34,7 +34,7 @@ for _key, _value in {
 }.items():  # read when mlflow is imported
     os.environ.setdefault(_key, _value)
 
-from mlflow import MlflowClient  # noqa: E402
+from mlflow import MlflowClient, set_registry_uri, set_tracking_uri  # noqa: E402
 from mlflow.artifacts import download_artifacts  # noqa: E402
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
@@ -242,7 +242,9 @@ class Sink:
 
     def download(self, model_uri: str, folder: Path) -> Path:
         """The files of `models:/NAME@alias` or `models:/NAME/3` in a folder."""
-        return Path(download_artifacts(model_uri, dst_path=str(folder), tracking_uri=self.uri, registry_uri=self.uri))
+        set_tracking_uri(self.uri)  # it looks the name up in the process's own store, whatever it is told
+        set_registry_uri(self.uri)
+        return Path(download_artifacts(model_uri, dst_path=str(folder)))
 
     def load_torch(self, folder: Path) -> Any:
         """The module of a downloaded model that was promoted or logged by mlflow.pytorch."""
