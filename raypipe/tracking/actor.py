@@ -31,7 +31,6 @@ class Following:
         `environment`: MLFLOW_* settings for this process alone, set before MLflow is imported.
         """
         os.environ.update(environment or {})
-        os.nice(10)  # whatever it does, training goes first
         self._where = (Path(run_dir), uri, Path(home) if home else None)
         self._stop = threading.Event()
         self._trouble = "starting"
@@ -70,7 +69,10 @@ class Following:
 
         while not self._stop.is_set():
             try:
-                self._follower = self._follower or Follower(*self._where)
+                if self._follower is None:
+                    self._follower = Follower(*self._where)
+                    self._follower.step()  # imports MLflow, makes its tables: while the stores start
+                    os.nice(10)  # from here on training goes first
                 self._trouble = ""
                 self._follower.run(self._stop, until_done=True)
             except Exception as error:  # noqa: BLE001  whatever it is, the next attempt starts from the cursor
