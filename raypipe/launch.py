@@ -109,8 +109,10 @@ def _watch(config: RunConfig, run: str, home: str | None, screen: Screen) -> dic
 
     from raypipe.coordinator.actor import CoordinatorActor, on_head
     from raypipe.placement.actor import NAMESPACE
+    from raypipe.placement.plan import KEEP_FREED_MEMORY
 
     options = {"name": f"coordinator/{run}", "namespace": NAMESPACE, **on_head()}
+    options["runtime_env"] = {"env_vars": KEEP_FREED_MEMORY}
     mlflow = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
     actor: Any = CoordinatorActor.options(**options).remote(compose, to_dict(config), run, home, mlflow)
     work: Any = actor.work.remote()

@@ -344,7 +344,7 @@ class Coordinator:
         return self.started_at is not None
 
     def _candidates(self) -> list[str]:
-        """Stores to be given a ticket now, first come first: the longest work first, then the longest idle."""
+        """Stores to be given a ticket now: the longest work first; on arrival, the longest idle first."""
         free = self._free()
         if self.policy.refill == "on_arrival":
             return sorted((s for s in free if not self._sated(s)), key=lambda s: self.members[s].last_issued_at)
@@ -352,7 +352,10 @@ class Coordinator:
         if self.picked != self.version or nothing_open:
             self.picked, size = self.version, self.policy.cohort
             self.cohort = free if size is None or size >= len(free) else sorted(self._chance.sample(free, size))
-        return sorted((s for s in self.cohort if s in free), key=lambda s: (-(self.members[s].last_s or 0.0), s))
+        ready = sorted(s for s in self.cohort if s in free)
+        if self.policy.in_order:  # so that each is folded while the next ones train
+            return ready
+        return sorted(ready, key=lambda s: -(self.members[s].last_s or 0.0))
 
     def _issue(self, member: Member, at: float) -> do.Train:
         policy = self.policy
