@@ -50,7 +50,8 @@ class Federation:
 
     def board(self) -> dict[str, Any]:
         return dict(
-            self._ray.get(self.actor.progress.remote(0, 0.2), timeout=20)["board"] or {"rows": [], "version": 0}
+            self._ray.get(self.actor.progress.remote(0, 0.2), timeout=20)["board"]
+            or {"rows": [], "version": 0, "lines": []}
         )
 
     def until(self, what: Any, timeout_s: float = 60.0) -> Any:
@@ -173,11 +174,11 @@ def test_stores_join_and_leave_while_it_runs(cluster: Place) -> None:
 
     with connected(cluster):
         federation = Federation(cluster, config)
-        federation.until(lambda board: board["version"] >= 1)
+        federation.until(lambda board: board["version"] >= 1 and state(board, "shop-4"))
         ray.get(federation.actor.join.remote({"id": "shop-5", "cpus": 0.2}))
         ray.get(federation.actor.leave.remote("shop-4"))
         federation.until(lambda board: next((r["updates"] for r in board["rows"] if r["store"] == "shop-5"), 0) >= 2)
-        assert state(federation.board(), "shop-4") == "gone"
+        federation.until(lambda board: state(board, "shop-4") == "gone")
         ray.get(federation.actor.stop.remote("seen enough"))
         summary = federation.result()
     assert summary["reason"] == "seen enough"

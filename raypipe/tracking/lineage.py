@@ -155,9 +155,12 @@ def flat_params(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def model_card(started: RunStarted, version: int) -> dict[str, Any]:
-    """What turns a file of weights into predictions: the parts to build, as the run's configuration has them."""
+    """What turns a file of weights into predictions: the parts to build, as the run's configuration has them.
+
+    Nothing that differs between equal runs: equal seeds give equal files.
+    """
     config = started["config"]
-    return {"run": started["run"], "version": version, "task": config["task"], "model": config["model"]}
+    return {"version": version, "task": config["task"], "model": config["model"]}
 
 
 @dataclass(frozen=True, slots=True)
