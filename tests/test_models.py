@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import urllib.request
 
 import numpy as np
 import pytest
@@ -136,6 +137,7 @@ def test_a_size_that_does_not_fit_is_one_line() -> None:
 
 def test_pretrained_weights_without_internet_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urllib keeps the first opener, and with it these proxies
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with pytest.raises(ConfigError, match=r"^resnet18: pretrained weights could not be fetched .*pretrained: false.*$"):
