@@ -137,7 +137,7 @@ def fedavg_by_hand(cluster: Place, config: RunConfig, base: np.ndarray, version:
     return new.numpy()
 
 
-def test_a_frozen_a_killed_and_a_poisoned_store_hold_up_no_version(cluster: Place) -> None:
+def test_a_frozen_and_a_killed_store_end_no_run_and_are_taken_in_again(cluster: Place) -> None:
     config = cluster.config(
         pace="paced",
         pacing={"budget_s": 0.5, "hung_s": 3, "heartbeat_s": 1, "max_failures": 2, "backoff_s": 0.2},
