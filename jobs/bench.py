@@ -37,11 +37,10 @@ from raypipe.aggregation.global_model import GlobalModel
 from raypipe.aggregation.transforms import transforms
 from raypipe.config.load import to_dict
 from raypipe.config.schema import RunConfig
-from raypipe.coordinator.actor import CoordinatorActor, on_head
 from raypipe.coordinator.loop import drive
-from raypipe.launch import make_demo_stores
+from raypipe.launch import begin, make_demo_stores, watch
 from raypipe.models.flat import initial
-from raypipe.placement.actor import NAMESPACE, shut_down, start_local
+from raypipe.placement.actor import shut_down, start_local
 from raypipe.run import compose, load_run, new_run_id
 from raypipe.store import messages as msg
 from raypipe.tracking.journal import Journal
@@ -171,12 +170,8 @@ class Bench:
         self.start()
         config = self.load({**said, "evaluate": {"alone": False, "test": False}})
         run = new_run_id(config.name, time.time())
-        options = {"name": f"coordinator/{run}", "namespace": NAMESPACE, **on_head()}
-        actor = CoordinatorActor.options(**options).remote(compose, to_dict(config), run, str(self.home), {})
-        work = actor.work.remote()
-        while not ray.wait([work], timeout=0)[0]:
-            ray.get(actor.progress.remote(0, 0.3), timeout=60)
-        summary = ray.get(work)
+        actor = begin(config, run, str(self.home), {})
+        summary = watch(actor, lambda state: None, lambda: None)
         ray.kill(actor)
         self._wait_for_quiet()
         if summary["status"] != "finished":

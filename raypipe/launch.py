@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -104,32 +105,44 @@ def make_demo_stores(config: RunConfig, out: Path, source: str | None = None) ->
     )
 
 
-def _watch(config: RunConfig, run: str, home: str | None, screen: Screen) -> dict[str, Any]:
-    import ray
-
+def begin(config: RunConfig, run: str, home: str | None, mlflow: dict[str, str]) -> Any:
+    """The run's coordinator as an actor of this cluster, on the head."""
     from raypipe.coordinator.actor import CoordinatorActor, on_head
     from raypipe.placement.actor import NAMESPACE
     from raypipe.placement.plan import KEEP_FREED_MEMORY
 
     options = {"name": f"coordinator/{run}", "namespace": NAMESPACE, **on_head()}
     options["runtime_env"] = {"env_vars": KEEP_FREED_MEMORY}
-    mlflow = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
-    actor: Any = CoordinatorActor.options(**options).remote(compose, to_dict(config), run, home, mlflow)
+    return CoordinatorActor.options(**options).remote(compose, to_dict(config), run, home, mlflow)
+
+
+def watch(actor: Any, see: Callable[[dict[str, Any]], None], check: Callable[[], None]) -> dict[str, Any]:
+    """Have the coordinator work; its summary. `see` is told how it goes, `check` may end it by raising."""
+    import ray
+
     work: Any = actor.work.remote()
+    seen, asked = 0, actor.progress.remote(0, 0.3)
+    while not ray.wait([work], timeout=0)[0]:
+        check()
+        if not ray.wait([asked], timeout=0.3)[0]:
+            continue  # a busy coordinator: patience
+        state = ray.get(asked)
+        see(state)
+        seen = len(state["board"]["lines"]) if state["board"] else 0
+        asked = actor.progress.remote(seen, 0.3)
+    summary: dict[str, Any] = ray.get(work)
+    return summary
+
+
+def _watch(config: RunConfig, run: str, home: str | None, screen: Screen) -> dict[str, Any]:
+    import ray
+
+    mlflow = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
+    actor = begin(config, run, home, mlflow)
     stop = _StopKey(lambda: actor.stop.remote("stopped by hand"))
     try:
         with stop:
-            seen, asked = 0, actor.progress.remote(0, 0.3)
-            while not ray.wait([work], timeout=0)[0]:
-                stop.check()
-                if not ray.wait([asked], timeout=0.3)[0]:
-                    continue  # a busy coordinator: patience
-                state = ray.get(asked)
-                screen.update(state["phase"], state["board"])
-                seen = len(state["board"]["lines"]) if state["board"] else 0
-                asked = actor.progress.remote(seen, 0.3)
-            summary: dict[str, Any] = ray.get(work)
-            return summary
+            return watch(actor, lambda state: screen.update(state["phase"], state["board"]), stop.check)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RaypipeError):
             raise error.cause from None

@@ -229,12 +229,12 @@ def test_the_upload_limit_holds_for_what_travels(tmp_path: Path) -> None:
 
 
 @optimizers("to_infinity")
-def to_infinity() -> Callable[[torch.nn.Parameter], torch.optim.Optimizer]:
+def to_infinity() -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
     class ToInfinity(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:
             self.param_groups[0]["params"][0].data.fill_(float("inf"))
 
-    return lambda weights: ToInfinity([weights], lr=0.0)
+    return lambda weights: ToInfinity(weights, lr=0.0)
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

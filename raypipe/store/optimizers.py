@@ -1,6 +1,6 @@
-"""Local optimizers. Each is given all shared weights as one flat parameter, so that a step is one pass over memory.
+"""Local optimizers. Each is given the shared parameters, which are views into the model's one vector.
 
-A user's own comes in by the entry point group `raypipe.optimizer`: any function from a parameter to a torch optimizer.
+A user's own comes in by the entry point group `raypipe.optimizer`: any function from parameters to a torch optimizer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ else:  # settings are checked from signatures without torch
     Parameter: TypeAlias = Any
     Optimizer: TypeAlias = Any
 
-Make: TypeAlias = Callable[[Parameter], Optimizer]
+Make: TypeAlias = Callable[[list[Parameter]], Optimizer]
 Share: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 NotNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -45,11 +45,11 @@ def sgd(*, momentum: Share = 0.0, weight_decay: NotNegative = 0.0, nesterov: boo
     if nesterov and momentum == 0:
         raise ConfigError("sgd: nesterov needs a momentum above 0")
 
-    def make(weights: Parameter) -> Optimizer:
+    def make(weights: list[Parameter]) -> Optimizer:
         from torch.optim import SGD
 
         said = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        return _eager(SGD)([weights], lr=0.0, foreach=False, **said)
+        return _eager(SGD)(weights, lr=0.0, foreach=True, **said)
 
     return make
 
@@ -63,9 +63,9 @@ def adamw(
 ) -> Make:
     """Decoupled weight decay. Loshchilov & Hutter 2017, arXiv:1711.05101."""
 
-    def make(weights: Parameter) -> Optimizer:
+    def make(weights: list[Parameter]) -> Optimizer:
         from torch.optim import AdamW
 
-        return _eager(AdamW)([weights], lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        return _eager(AdamW)(weights, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
     return make

@@ -186,7 +186,7 @@ class Site:
         evaluation = None
         if ticket.evaluate is not None and ticket.judge is None:
             evaluation = self._judge_base(plan, learner, ticket.evaluate, control)
-        optimizer = optimizers.build(plan.optimizer)(model.weights)
+        optimizer = optimizers.build(plan.optimizer)(model.trained)
         key = json.dumps([plan.run, plan.layout, plan.optimizer], sort_keys=True)
         if plan.keep_optimizer and key in self._kept:
             optimizer.load_state_dict(copy.deepcopy(self._kept[key]))  # a refused ticket must not have changed it

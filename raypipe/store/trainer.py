@@ -189,7 +189,6 @@ def _step(model: FlatModel, task: Task, optimizer: Optimizer, pixels: Tensor, la
         outputs = model.module(_prepared(task, pixels))
     loss = task.loss(outputs.float(), labels)
     loss.backward()  # type: ignore[no-untyped-call]
-    model.gather()
     optimizer.step()
     return loss.detach()
 
