@@ -79,6 +79,18 @@ def test_a_version_is_durable_before_anyone_trains_on_it() -> None:
     assert [(a.store, a.version) for a in of(do.Train, after)] == [("s1", 1)]
 
 
+def test_an_update_is_settled_when_the_weights_with_it_are_on_the_disk_and_the_run_waits_for_that() -> None:
+    m = machine(pace("wait_for_all", 1, {"max_versions": 1}), 1)
+    (ticket,) = of(do.Train, join_all(m))
+    deliver(m, ticket.ticket, 1.0)
+    assert of(do.Settle, m.handle(ev.Published(1, 1.0))) == []
+    m.handle(ev.Evaluated(1, "s0", {"accuracy": 0.5}, 10, 2.0))
+    m.handle(ev.Tick(1000.0))
+    assert not m.finished
+    assert m.handle(ev.Kept(1, 1001.0))[0] == do.Settle("s0", ticket.ticket, 1)
+    assert m.finished
+
+
 def test_a_late_update_weighs_less() -> None:
     policy = pace("fedbuff", 2, {"buffer_size": 1, "max_versions": 9, "weigh_staleness": lambda s: (1 + s) ** -0.5})
     m = machine(policy, 2)
@@ -205,6 +217,8 @@ def test_the_newest_version_is_judged_before_the_end() -> None:
         deliver(m, ticket.ticket, 1.0)
     asked = of(do.Evaluate, m.handle(ev.Published(1, 1.0)))
     assert [(a.store, a.version) for a in asked] == [("s0", 1), ("s1", 1)]
+    settled = of(do.Settle, m.handle(ev.Kept(1, 1.5)))
+    assert [(s.store, s.version) for s in settled] == [("s0", 1), ("s1", 1)]
     m.handle(ev.Evaluated(1, "s0", {"accuracy": 0.5}, 10, 2.0))
     actions = m.handle(ev.Evaluated(1, "s1", {"accuracy": 0.8}, 30, 2.0))
     (record,) = [a for a in of(do.Record, actions) if a.kind == "evaluated"]
@@ -221,6 +235,8 @@ def test_patience_ends_a_run_at_its_best_version() -> None:
         finish += of(do.Finish, actions)
         deliver(m, ticket.ticket, float(version))
         actions = m.handle(ev.Published(version + 1, float(version)))
+        assert m.finished or of(do.Keep, actions) == [do.Keep(version + 1)]
+        finish += of(do.Finish, m.handle(ev.Kept(version + 1, float(version))))
         ticket = next(iter(of(do.Train, actions)), ticket)
     assert [(f.reason, f.best_version) for f in finish] == [("no better version in 2", 1)]
 
@@ -297,6 +313,8 @@ class World:
                 assert all(self.folded[c.ticket] == 1 and c.staleness >= 0 for c in contributions)
                 assert all(0 <= c.staleness <= version - 1 - c.base for c in contributions)
                 self.later(ev.Published(version, at + 0.05))
+            case do.Keep(version=version):
+                self.later(ev.Kept(version, at + chance.uniform(0, 2)))
             case do.Settle(ticket=ticket):
                 self.settled[ticket] += 1
             case do.Restart(store=store):

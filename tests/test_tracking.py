@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,7 @@ class Run:
         body = {
             "version": version,
             "parent": version - 1 if version else None,
-            "hash": stored.hash,
-            "file": stored.file,
-            "num_bytes": stored.num_bytes,
+            "hash": f"b3:{version:064x}",
             "at": at,
             "elapsed_s": float(version),
             "seconds": 1.0,
@@ -88,6 +87,7 @@ class Run:
             "step_norm": 0.5,
         }
         self.journal.append("version_published", body, at)
+        self.journal.append("weights_kept", {"version": version, **asdict(stored)}, at)
         if judged:
             self.judge(version, at + 0.5)
 

@@ -72,12 +72,19 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Make a version of the sum, write it down, announce it; answered by Published."""
+    """Make a version of the sum and write down that it is a fact; answered by Published."""
 
     version: int
     contributions: tuple[Contribution, ...]
     full_weight: float  # what the weights would sum to were nothing stale, for the normalisation by K
     statistic_mix: float  # how far statistics move to the contributors' mean
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Have a version's weights on the disk, whatever happens to this machine; answered by Kept."""
+
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,4 +130,4 @@ class Finish:
     failed: bool = False
 
 
-Action: TypeAlias = Train | Cancel | Collect | Fold | Publish | Settle | Restart | Evaluate | Record | Finish
+Action: TypeAlias = Train | Cancel | Collect | Fold | Publish | Keep | Settle | Restart | Evaluate | Record | Finish

@@ -76,7 +76,15 @@ class Folded:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A version is durable."""
+    """A version is a fact: its record is durable, its weights can be fetched."""
+
+    version: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A version's weights are on the disk: the updates in it need not be folded again, ever."""
 
     version: int
     at: float
@@ -126,6 +134,7 @@ Event: TypeAlias = (
     | UpdateArrived
     | Folded
     | Published
+    | Kept
     | Evaluated
     | EvaluationFailed
     | Tick

@@ -11,6 +11,7 @@ tensor is in here: time comes with events, chance as an argument. Rules:
 * Staleness is measured at the fold: newest version minus base version. Its limit is relative,
   `stale_limit * concurrency / K`, since a store s times slower sees s times the mean staleness.
 * A version being written down blocks new tickets (they would be a version behind), never folds.
+* An update is settled when the weights that hold it are on the disk: until then its store could be asked again.
 * The end: cancel what is in flight, judge the newest version where it can be judged, finish.
 """
 
@@ -43,6 +44,7 @@ class Coordinator:
         self.tickets: dict[str, Ticket] = {}
         self.version = 0
         self.publishing: do.Publish | None = None
+        self.unkept: dict[int, tuple[do.Contribution, ...]] = {}  # versions whose weights are not on the disk yet
         self.picked: int | None = None  # the version for which a cohort was picked
         self.cohort: list[str] = []  # picked and not yet given a ticket
         self.scores = Scores(metric, policy.lower_is_better, policy.central)
@@ -83,6 +85,8 @@ class Coordinator:
                 actions += self._folded(event)
             case ev.Published():
                 actions += self._published(event)
+            case ev.Kept(version=version):
+                actions += [do.Settle(c.store, c.ticket, version) for c in self.unkept.pop(version, ())]
             case ev.Evaluated():
                 self.scores.add(event.version, event.store, event.metrics, event.num_examples)
                 self._heard(event.version, event.store)
@@ -303,9 +307,9 @@ class Coordinator:
     def _published(self, event: ev.Published) -> list[do.Action]:
         if self.publishing is None or event.version != self.publishing.version:
             return []
-        contributions, self.publishing, self.version = self.publishing.contributions, None, event.version
-        settled = [do.Settle(c.store, c.ticket, event.version) for c in contributions]
-        return [*settled, *self._judge_centrally(), *self._close_scores()]
+        self.unkept[event.version] = self.publishing.contributions
+        self.publishing, self.version = None, event.version
+        return [do.Keep(event.version), *self._judge_centrally(), *self._close_scores()]
 
     def _due(self) -> bool:
         """The open sum is complete. Derived, never stored."""
@@ -443,6 +447,8 @@ class Coordinator:
         reason, since = self.ending
         if self.awaited is None:
             actions += self._judge_last()
+        if self.unkept:
+            return actions
         if not self.awaited or at >= since + self._closing_s:
             for version in sorted(set(self.scores.judged) - self.scores.closed):
                 actions += self._score(version)

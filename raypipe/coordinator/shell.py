@@ -2,8 +2,11 @@
 
 Arithmetic and the record share one lane, a thread that does one thing at a time in the order in which the machine
 named it: so a sum never sees an update twice, and the journal reads in the order in which things became true. Folds
-that wait together are folded together, block by block. A version is durable (weights, then its record) before
-its Published event, and nobody is told of it earlier.
+that wait together are folded together, block by block.
+
+A version is a fact when its record (number, parent, hash, contributions) is on the disk; then it is announced. Its
+weights follow to the disk beside the training of the next version, and only then are its updates settled: until
+then the stores' outboxes hold all that the version was made of.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import asyncio
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, Protocol, TypeAlias
 
@@ -62,7 +65,8 @@ class Book(Protocol):
     """The durable record; see tracking/."""
 
     def record(self, kind: str, body: Mapping[str, Any]) -> None: ...
-    def keep(self, version: int, vector: np.ndarray, layout: Layout) -> tuple[str, str, int]: ...
+    def hash(self, vector: np.ndarray) -> str: ...
+    def keep(self, version: int, vector: np.ndarray, layout: Layout) -> None: ...
     def prune(self, in_use: frozenset[int], best: int | None) -> None: ...
 
 
@@ -102,6 +106,8 @@ class Shell:
         self._lane: asyncio.Queue[tuple[do.Action, asyncio.Future[Any]]] = asyncio.Queue()
         self._arithmetic = ThreadPoolExecutor(1, thread_name_prefix="arithmetic")
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self._writing: Future[None] | None = None  # reads the newest version's vector, which must not move meanwhile
         self._bytes_down = self._bytes_total = 0
         self._started = self._published = wall()
 
@@ -114,6 +120,8 @@ class Shell:
                 return await self._collect(action)
             case do.Fold() | do.Publish() | do.Record():
                 return await self._in_lane(action)
+            case do.Keep():
+                return await self._keep(action)
             case do.Evaluate():
                 return await self._evaluate(action)
             case do.Settle():
@@ -315,17 +323,17 @@ class Shell:
         return answers
 
     def _publish(self, action: do.Publish) -> ev.Event:
-        """Step, then write and hand out side by side; the record is the last word."""
+        """Step, then hash and hand out side by side; the record is the last word."""
+        if self._writing is not None:
+            self._writing.result()
         norm = self.model.step(action.full_weight, action.statistic_mix)
         fetchable = self._beside.submit(self.put, self.model.vector)
-        file, digest, num_bytes = self.book.keep(action.version, self.model.vector, self.model.layout)
+        digest = self.book.hash(self.model.vector)
         now = self.wall()
         body = {
             "version": action.version,
             "parent": action.version - 1,
             "hash": digest,
-            "file": file,
-            "num_bytes": num_bytes,
             "at": now,
             "elapsed_s": now - self._started,
             "seconds": now - self._published,
@@ -338,10 +346,20 @@ class Shell:
         self._bytes_down, self._published = 0, now
         self.record("version_published", body)
         self._unjudged = {v for v in self._unjudged if v > action.version - UNJUDGED}
-        in_use = frozenset(self._unjudged | {v for v, held in list(self._holds.items()) if held > 0})
-        self.book.prune(in_use, self.board.best[0] if self.board.best else None)
         self._handles[action.version] = fetchable.result()
         return ev.Published(action.version, self.clock())
+
+    async def _keep(self, action: do.Keep) -> ev.Event:
+        in_use = frozenset(self._unjudged | {v for v, held in self._holds.items() if held > 0})
+        best = self.board.best[0] if self.board.best else None
+
+        def write() -> None:
+            self.book.keep(action.version, self.model.vector, self.model.layout)
+            self.book.prune(in_use, best)
+
+        self._writing = self._disk.submit(write)
+        await asyncio.wrap_future(self._writing)
+        return ev.Kept(action.version, self.clock())
 
     def record(self, kind: str, body: Mapping[str, Any]) -> None:
         """Write a fact down, then let it be seen. In the lane's thread, or before the lane runs."""
@@ -352,11 +370,11 @@ class Shell:
 
     def begin(self) -> None:
         """Version 0: durable and fetchable."""
-        file, digest, num_bytes = self.book.keep(0, self.model.vector, self.model.layout)
         self._started = self._published = now = self.wall()
-        facts = {"version": 0, "parent": None, "hash": digest, "file": file, "num_bytes": num_bytes, "at": now}
+        facts = {"version": 0, "parent": None, "hash": self.book.hash(self.model.vector), "at": now}
         nothing = {"elapsed_s": 0.0, "seconds": 0.0, "contributions": [], "bytes_up": 0, "bytes_down": 0}
         self.record("version_published", {**facts, **nothing, "bytes_total": 0, "step_norm": 0.0})
+        self.book.keep(0, self.model.vector, self.model.layout)
         self._handles[0] = self.put(self.model.vector)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from raypipe.errors import ConfigError, RunError
+from raypipe.ledger.keys import digest
 from raypipe.placement.homes import raypipe_home
 from raypipe.tracking.journal import Journal
 from raypipe.tracking.lineage import model_card
@@ -49,11 +51,15 @@ class RunBook:
         if kind == "run_started":
             self._started = cast(RunStarted, body)
 
-    def keep(self, version: int, vector: np.ndarray, layout: Layout) -> tuple[str, str, int]:
-        """Write a version's weights with what they belong to, durably: (file, sha256, bytes). Raises RunError."""
+    def hash(self, vector: np.ndarray) -> str:
+        """A version's content hash: `b3:` and 64 hex digits, of the float32 values in the order of the layout."""
+        return digest(vector)
+
+    def keep(self, version: int, vector: np.ndarray, layout: Layout) -> None:
+        """Write a version's weights with what they belong to, durably, then that they are there. Raises RunError."""
         card = model_card(self._started, version) if self._started else {}
         stored = self.versions.write(version, vector, layout, card)
-        return stored.file, stored.hash, stored.num_bytes
+        self.record("weights_kept", {"version": version, **asdict(stored)})
 
     def prune(self, in_use: frozenset[int], best: int | None) -> None:
         """Remove the weights that the rule does not keep and nobody needs."""

@@ -145,10 +145,11 @@ class Follower:
         match record.kind:
             case "run_started":
                 self._start(sink, place, record.body)  # type: ignore[arg-type]  # JSON of that kind
+            case "weights_kept":
+                if self._is_kept(version := record.body["version"]):
+                    self._keep(sink, place, version)
             case "version_published":
                 version = record.body["version"]
-                if self._is_kept(version):
-                    self._keep(sink, place, version)
                 if (version + 1) % TABLE_EVERY == 0:  # a full chunk too
                     self._write_table(sink, place, version)
             case "evaluated":

@@ -15,7 +15,15 @@ from typing import Any
 
 from raypipe.errors import ConfigError
 from raypipe.tracking.journal import FILE, Journal, Record
-from raypipe.tracking.records import Contribution, Evaluated, Final, RunFinished, RunStarted, VersionPublished
+from raypipe.tracking.records import (
+    Contribution,
+    Evaluated,
+    Final,
+    RunFinished,
+    RunStarted,
+    VersionPublished,
+    WeightsKept,
+)
 from raypipe.tracking.versions import FOLDER, VersionStore
 
 COLUMNS = ("version", "parent", "hash", "store", "base", "staleness", "steps", "weight", "share")
@@ -28,6 +36,7 @@ class History:
 
     started: RunStarted | None = None
     versions: dict[int, VersionPublished] = field(default_factory=dict)
+    weights: dict[int, WeightsKept] = field(default_factory=dict)
     evaluations: dict[int, dict[str, tuple[float, Evaluated]]] = field(
         default_factory=dict
     )  # version -> split -> at, it
@@ -50,6 +59,8 @@ class History:
                 self.started, self.finished = body, None
             case "version_published":
                 self.versions[body["version"]] = body
+            case "weights_kept":
+                self.weights[body["version"]] = body
             case "evaluated":
                 self.evaluations.setdefault(body["version"], {})[body["split"]] = (record.at, body)
                 self.best = body["version"] if body["best"] else self.best
@@ -72,6 +83,10 @@ class History:
             there = f"it has {min(self.versions)} to {max(self.versions)}" if self.versions else "it has none"
             raise ConfigError(f"run {self.run()['run']} has no version {number}; {there}")
         return self.versions[number]
+
+    def file_hash(self, number: int) -> str | None:
+        """The sha256 of a version's file; None where its weights never came to the disk."""
+        return self.weights[number]["hash"] if number in self.weights else None
 
     def metrics(self, number: int) -> dict[str, float]:
         """All that is known of one version, evaluations included."""
@@ -132,7 +147,6 @@ def lineage_params(body: VersionPublished) -> dict[str, str]:
         "version": str(body["version"]),
         "parent": "" if body["parent"] is None else str(body["parent"]),
         "hash": body["hash"],
-        "num_bytes": str(body["num_bytes"]),
         "stores": ", ".join(sorted({c["store"] for c in updates})),
         "staleness_max": str(max((c["staleness"] for c in updates), default=0)),
         "steps": str(sum(c["steps"] for c in updates)),
@@ -171,7 +185,6 @@ class VersionRow:
     parent: int | None
     hash: str
     at: float
-    num_bytes: int
     contributors: int
     steps: int
     staleness_mean: float | None
@@ -204,7 +217,6 @@ def list_versions(run_dir: Path) -> list[VersionRow]:
                 parent=body["parent"],
                 hash=body["hash"],
                 at=body["at"],
-                num_bytes=body["num_bytes"],
                 contributors=int(metrics["fed/contributors"]),
                 steps=int(metrics["fed/steps"]),
                 staleness_mean=metrics.get("fed/staleness_mean"),

@@ -1,8 +1,9 @@
 """What a run writes down: one body a kind, JSON-plain, ids and numbers only (no path, no label, no image).
 
 The coordinator writes them, in this order for a version: `version_published` before any store is told of it,
-`evaluated` when its evaluation came (any number of versions later). Every other account of a run (MLflow, tables,
-the ledger) is computed from these and can be computed again. Times are seconds since the epoch.
+`weights_kept` before any store is told that its update is in it, `evaluated` when its evaluation came (any number of
+versions later). Every other account of a run (MLflow, tables, the ledger) is computed from these and can be computed
+again. Times are seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ Kind: TypeAlias = Literal[
     "ticket_failed",
     "update_rejected",
     "version_published",
+    "weights_kept",
     "evaluated",
     "final",
     "run_finished",
@@ -31,6 +33,7 @@ KINDS: tuple[Kind, ...] = (
     "ticket_failed",
     "update_rejected",
     "version_published",
+    "weights_kept",
     "evaluated",
     "final",
     "run_finished",
@@ -107,9 +110,7 @@ class VersionPublished(TypedDict):
 
     version: int
     parent: int | None
-    hash: str  # sha256 of the file
-    file: str  # its name in the version store, no folder
-    num_bytes: int
+    hash: str  # blake3 of the float32 values in the order of the layout
     at: float
     elapsed_s: float  # of the run
     seconds: float  # since the previous version
@@ -118,6 +119,15 @@ class VersionPublished(TypedDict):
     bytes_down: int
     bytes_total: int  # both ways, of the whole run
     step_norm: float
+
+
+class WeightsKept(TypedDict):
+    """A version's weights are on the disk."""
+
+    version: int
+    file: str  # its name in the version store, no folder
+    hash: str  # sha256 of the file
+    num_bytes: int
 
 
 class StoreScore(TypedDict):

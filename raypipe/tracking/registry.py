@@ -73,7 +73,7 @@ def promote(
     body, started = history.version(version), history.run()
     store.pin(version)
     card = model_card(started, version)
-    module, task = _module(card, store.read(version, body["hash"]))
+    module, task = _module(card, store.read(version, history.file_hash(version)))
     name = started["register_as"]
     shape = (-1, task.channels, task.image_size, task.image_size), (-1, task.num_outputs)
     files: dict[str, Path | str] = {
@@ -170,7 +170,7 @@ def _open(
         history, store = read_history(path), VersionStore(path / FOLDER)
         newest = max(history.versions, default=0)
         chosen = version if version is not None else history.best if history.best is not None else newest
-        return store.read(chosen, history.version(chosen)["hash"]), model_card(history.run(), chosen)
+        return store.read(chosen, history.file_hash(chosen)), model_card(history.run(), chosen)
     if path.suffix != ".safetensors" or not path.is_file():
         raise ConfigError(f"{source!r} is no .safetensors file, no run's folder and no models:/NAME@alias")
     return read_file(path)
