@@ -20,6 +20,7 @@ from raypipe.placement.homes import raypipe_home
 from raypipe.run import compose, new_run_id
 from raypipe.tracking.console import Screen
 
+LOOK_S = 0.3  # between two looks at how it goes
 GIVE_UP_S = 90.0  # after a second Ctrl-C, or when the coordinator does not answer
 
 
@@ -121,15 +122,15 @@ def watch(actor: Any, see: Callable[[dict[str, Any]], None], check: Callable[[],
     import ray
 
     work: Any = actor.work.remote()
-    seen, asked = 0, actor.progress.remote(0, 0.3)
-    while not ray.wait([work], timeout=0)[0]:
+    seen, asked = 0, actor.progress.remote(0, LOOK_S)
+    while work not in (done := ray.wait([work, asked], timeout=LOOK_S)[0]):
         check()
-        if not ray.wait([asked], timeout=0.3)[0]:
+        if asked not in done:
             continue  # a busy coordinator: patience
         state = ray.get(asked)
         see(state)
         seen = len(state["board"]["lines"]) if state["board"] else 0
-        asked = actor.progress.remote(seen, 0.3)
+        asked = actor.progress.remote(seen, LOOK_S)
     summary: dict[str, Any] = ray.get(work)
     return summary
 

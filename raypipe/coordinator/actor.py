@@ -47,7 +47,6 @@ class Coordinator:
         self._keeping: dict[str, asyncio.Task[None]] = {}
         self._phase = "starting"
         self._follower: Any = None
-        self._changed = asyncio.Event()
         self._summary: dict[str, Any] | None = None
         self._stop_reason = ""
         self._stopped = asyncio.Event()
@@ -60,7 +59,7 @@ class Coordinator:
         if made.config.track.mlflow:
             folder, home = str(made.folder), str(made.home)
             self._follower = MlflowFollower.options(**_beside_me()).remote(folder, None, home, self._mlflow)
-        background = [asyncio.create_task(shell.run_lane()), asyncio.create_task(self._tell())]
+        background = [asyncio.create_task(shell.run_lane())]
         try:
             for store in made.config.stores:
                 self._keep(store)
@@ -79,14 +78,10 @@ class Coordinator:
                 task.cancel()
 
     async def progress(self, seen: int, timeout_s: float = 1.0) -> dict[str, Any]:
-        """How it goes: returns at once when there are more than `seen` lines, else within `timeout_s`."""
-        if self._composition is None or len(self._composition.board.lines) <= seen:
-            self._changed.clear()
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                pass
+        """How it goes: returns as soon as there are more than `seen` lines, else after `timeout_s`."""
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until and not (self._composition and len(self._composition.board.lines) > seen):
+            await asyncio.sleep(0.05)
         board = self._composition.board.snapshot() if self._composition else None
         return {"phase": self._phase, "board": board, "summary": self._summary}
 
@@ -117,9 +112,7 @@ class Coordinator:
         assert self._composition is not None
         if self._composition.machine.started_at is not None and self._phase == "waiting for stores":
             self._phase = "training"
-        event = await self._composition.shell.perform(action)
-        self._changed.set()
-        return event
+        return await self._composition.shell.perform(action)
 
     def _keep(self, store: Store, *, trains: bool = True) -> None:
         made = self._composition
@@ -151,11 +144,6 @@ class Coordinator:
             await asyncio.to_thread(made.shell.record, "run_finished", {**body, "at": time.time()})
             if self._follower is not None:
                 await self._drain()
-
-    async def _tell(self) -> None:
-        while True:
-            await asyncio.sleep(0.5)
-            self._changed.set()
 
     async def _close(self, made: Composition) -> dict[str, Any]:
         shell, machine, track = made.shell, made.machine, made.config.track

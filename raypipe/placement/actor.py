@@ -41,6 +41,9 @@ def start_local(stores: Sequence[str], cpus: float, model_bytes: int) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             namespace=NAMESPACE,
+            # Updates leave the object store when they are folded, not up to a second later: their memory is used
+            # again while it is still mapped (a fresh 45 MB costs each store 20 ms of page faults).
+            _system_config={"free_objects_period_milliseconds": 10},
             _node_ip_address=LOOPBACK if sys.platform == "linux" else "127.0.0.1",
         )
     except Exception as error:  # noqa: BLE001  Ray raises many kinds, bare ones among them

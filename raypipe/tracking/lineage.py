@@ -85,7 +85,7 @@ class History:
         return self.versions[number]
 
     def file_hash(self, number: int) -> str | None:
-        """The sha256 of a version's file; None where its weights never came to the disk."""
+        """The blake3 of a version's file; None where its weights never came to the disk."""
         return self.weights[number]["hash"] if number in self.weights else None
 
     def metrics(self, number: int) -> dict[str, float]:

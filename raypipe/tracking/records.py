@@ -126,7 +126,7 @@ class WeightsKept(TypedDict):
 
     version: int
     file: str  # its name in the version store, no folder
-    hash: str  # sha256 of the file
+    hash: str  # blake3 of the file
     num_bytes: int
 
 

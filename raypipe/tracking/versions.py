@@ -1,13 +1,12 @@
 """The weights of a run's versions, one safetensors file each, and which of them are kept.
 
-A file's name holds its version and the first 12 digits of its sha256, so a half-written or altered file cannot
+A file's name holds its version and the first 12 digits of its blake3, so a half-written or altered file cannot
 pass for a version. It appears under that name only when it is whole and on the disk. What was removed here is
 still in the journal: lineage is kept for ever, weights by rule.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load, save_file
+from safetensors.numpy import load_file, save_file
 
 from raypipe.errors import ConfigError, RunError
 from raypipe.models.tensors import Array, state_dict_from
@@ -31,7 +31,7 @@ Tensors: TypeAlias = dict[str, Array]
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a version's weights lie: `file` is a name within the store, `hash` the sha256 of its content."""
+    """Where a version's weights lie: `file` is a name within the store, `hash` the blake3 of its content."""
 
     file: str
     hash: str
@@ -70,8 +70,8 @@ class VersionStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(state_dict_from(layout, vector), part, metadata={HEADER: json.dumps(metadata, sort_keys=True)})
+            digest = _digest(part)
             with part.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
                 num_bytes = os.fstat(file.fileno()).st_size
                 os.fsync(file.fileno())
             final = self.folder / f"v{version:05d}-{digest[:DIGITS]}.safetensors"
@@ -94,16 +94,15 @@ class VersionStore:
         raise ConfigError(f"the weights of version {version} are not kept; {there}")
 
     def read(self, version: int, expected: str | None = None) -> Tensors:
-        """The tensors by name; the content is checked against its name, and against `expected` (a sha256) if given.
+        """The tensors by name; the content is checked against its name, and against `expected` (a blake3) if given.
 
         Raises ConfigError when the weights are gone, RunError when the file was altered.
         """
         file = self.path(version)
-        content = file.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
+        digest = _digest(file)
         if digest[:DIGITS] != file.stem.partition("-")[2] or expected not in (None, digest):
             raise RunError(f"the weights of version {version} are damaged: {file.name} has hash {digest[:DIGITS]}")
-        return dict(load(content))
+        return dict(load_file(file))
 
     def kept(self) -> list[int]:
         """Versions whose weights are here, ascending."""
@@ -144,6 +143,11 @@ def read_file(file: Path) -> tuple[Tensors, dict[str, Any]]:
         return tensors, dict(json.loads(header.get(HEADER, "{}")))
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(f"{file.name} is no readable safetensors file: {_reason(error)}") from None
+
+
+def _digest(file: Path) -> str:
+    """blake3 of a file: 64 hex digits, as `b3sum` prints them."""
+    return blake3().update_mmap(file).hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,0 +1,297 @@
+"""The ledger of one run: `ledger.jsonl` in the run's folder, entries and signed heads in the order they were written.
+
+`append` prepares entries, `seal` writes all of them with a head over the whole chain: one write, one fsync. What was
+not sealed was never said: a crash takes it back, and the coordinator appends it again from its journal.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import IO, Any
+
+from raypipe.errors import RunError, StoreError
+from raypipe.ledger import heads
+from raypipe.ledger.entries import FIRST, Body, Entry, Version, Witnessed, line_of, make_entry, plain, typed
+from raypipe.ledger.heads import Head, is_cosigned, is_genuine, signed_head
+from raypipe.ledger.keys import Key, sync_folder
+from raypipe.ledger.offline import canonical, entry_hash
+from raypipe.ledger.tree import Tree
+
+FILE = "ledger.jsonl"
+_HEAD = re.compile(rb'^\{"head":|^(?!\{"entry":).*"root":"[0-9a-f]{64}","run":')  # even with a byte of it changed
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a ledger file: an entry, a head, or (`item` None) what is wrong with it."""
+
+    start: int  # bytes
+    end: int
+    item: Entry | Head | None
+    body: Body | None = None  # of an entry
+    hash: bytes = b""  # of an entry
+    problem: str = ""
+    cut: bool = False  # the file ends inside it
+    of_head: bool = False  # it was a head, as far as can be seen
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """Every line, checked by itself: canonical JSON, the fields of its kind, an entry's hash.
+
+    Raises RunError when there is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            start = 0
+            for raw in file:
+                yield _line(start, raw)
+                start += len(raw)
+    except OSError as error:
+        raise RunError(f"the ledger {path} cannot be read: {error.strerror}") from None
+
+
+def _line(start: int, raw: bytes) -> Line:
+    end, of_head = start + len(raw), _HEAD.search(raw) is not None
+    if not raw.endswith(b"\n"):
+        return Line(start, end, None, problem="the file ends inside its line", cut=True, of_head=of_head)
+    try:
+        found = _parse(raw)
+    except (ValueError, RecursionError) as error:
+        return Line(start, end, None, problem=str(error).splitlines()[0], of_head=of_head)
+    return Line(start, end, found) if isinstance(found, Head) else Line(start, end, *found)
+
+
+def _parse(raw: bytes) -> tuple[Entry, Body, bytes] | Head:
+    """An entry, its body and its hash; or a head. Raises ValueError."""
+    try:
+        given = json.loads(raw)
+    except ValueError:
+        raise ValueError("its line is not JSON") from None
+    if isinstance(given, dict) and given.keys() == {"head"}:
+        head = typed(Head, given["head"])
+        return head if heads.line_of(head) == raw else _differs(raw, given)
+    if not isinstance(given, dict) or given.keys() != {"entry", "hash"}:
+        raise ValueError("its line is neither an entry nor a head")
+    entry = typed(Entry, given["entry"])
+    body = entry.typed()
+    written, found = line_of(replace(entry, body=plain(body)))
+    return (entry, body, found) if written == raw else _differs(raw, given)
+
+
+def _differs(raw: bytes, given: dict[str, Any]) -> Any:
+    """Why a line is not as it would be written. Raises ValueError, always."""
+    if canonical(given) + b"\n" != raw:
+        raise ValueError("its line is not canonical JSON")
+    if "hash" in given and entry_hash(given["entry"]).hex() != given["hash"]:
+        raise ValueError("its content does not have its hash")
+    raise ValueError("the fields are not exactly those of its kind")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a sealed version's entry lies in the file."""
+
+    index: int
+    start: int
+    num_bytes: int
+
+
+class Ledger:
+    """The one writer of a run's ledger; threads of its process may share it."""
+
+    def __init__(self, folder: Path, key: Key, run: str) -> None:
+        """Opens the run's ledger, or begins it. Cuts off what a crash left behind the last head: see `recovered`.
+
+        Raises RunError: another process writes it, or it is not what this key signed last.
+        """
+        self.path, self.recovered = folder / FILE, ""
+        self._key, self._run = key, run
+        self._lock = Lock()
+        self._tree, self._prev = Tree(), FIRST
+        self._head: Head | None = None
+        self._newest: Version | None = None
+        self._places: dict[int, _Place] = {}
+        self._lines: list[tuple[Entry, bytes]] = []  # not sealed yet
+        self._heads: dict[int, Head] = {}
+        self._proofs: dict[tuple[int, int], dict[str, Any]] = {}  # under the newest head, by version and since
+        self._seen: dict[int, dict[str, str]] = {}  # head size -> store -> co-signature, not sealed yet
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = self.path.open("ab", buffering=0)
+            sync_folder(folder)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise RunError(f"another process writes the ledger {self.path}") from None
+        except OSError as error:
+            raise RunError(f"the ledger {self.path} cannot be opened: {error.strerror}") from None
+        try:
+            self._end = self._load()
+        except RunError:
+            self._file.close()
+            raise
+
+    @property
+    def last(self) -> Head | None:
+        """The newest signed head."""
+        return self._head
+
+    @property
+    def newest(self) -> int | None:
+        """The newest version that was appended; what the journal has beyond it is still to be appended."""
+        return None if self._newest is None else self._newest.version
+
+    def append(self, body: Body, *, at: float) -> Entry:
+        """One more entry, on the disk with the next `seal`. Raises RunError for a body that its kind cannot have."""
+        with self._lock:
+            return self._append(body, at)
+
+    def witness(self, cosignature: Mapping[str, Any], public: str) -> None:
+        """Take a store's signature on a head in; the next `seal` writes it. `public` is the store's enrolled key.
+
+        Raises StoreError when it is not that: the store saw another head, or another key signed.
+        """
+        with self._lock:
+            try:
+                size, store, signature = int(cosignature["size"]), str(cosignature["store"]), cosignature["signature"]
+            except (KeyError, TypeError, ValueError):
+                raise StoreError("a co-signature holds store, size and signature") from None
+            head = self._heads.get(size)
+            if head is None or not is_cosigned(head, store, public, signature):
+                raise StoreError(f"store {store} co-signed no head of size {size} that this ledger has")
+            self._seen.setdefault(size, {})[store] = signature
+
+    def seal(self, *, at: float) -> Head:
+        """Write what was appended and a signed head, durably. With nothing new, the head that is there.
+
+        Raises RunError (disk full); then nothing was written, and the next `seal` tries again.
+        """
+        with self._lock:
+            for size in sorted(self._seen):
+                self._append(Witnessed(size, self._seen.pop(size)), at)
+            if not self._lines:
+                if self._head is None:
+                    raise RunError(f"the ledger {self.path} has no entry to seal")
+                return self._head
+            head = self._next_head(at)
+            self._write(b"".join(line for _, line in self._lines) + heads.line_of(head))
+            start = self._end
+            for entry, line in self._lines:
+                if entry.kind == "version":
+                    self._places[entry.body["version"]] = _Place(entry.index, start, len(line))
+                start += len(line)
+            self._end = start + len(heads.line_of(head))
+            self._lines.clear()
+            self._heads[head.size] = self._head = head
+            self._proofs.clear()
+            return head
+
+    def base_proof(self, version: int, since: int = 0) -> dict[str, Any]:
+        """What a store needs to see before it trains from `version`: see `Witness.check`.
+
+        `since` is the size of the last head that the store co-signed, 0 for none. Plain values, for reading only.
+        Raises StoreError when `since` is more than there is, RunError when the version was not sealed.
+        """
+        with self._lock:
+            head, place = self._head, self._places.get(version)
+            if (version, since) in self._proofs:
+                return self._proofs[version, since]
+            if head is None or place is None:
+                raise RunError(f"the ledger of run {self._run} has no sealed version {version}")
+            if not 0 <= since <= head.size:
+                raise StoreError(f"the store has a head of size {since}, the ledger has {head.size} entries")
+            try:
+                with self.path.open("rb") as file:
+                    raw = os.pread(file.fileno(), place.num_bytes, place.start)
+            except OSError as error:
+                raise RunError(f"the ledger {self.path} cannot be read: {error.strerror}") from None
+            self._proofs[version, since] = proof = {
+                "head": plain(head),
+                "since": since,
+                "entry": json.loads(raw)["entry"],
+                "inclusion": [step.hex() for step in self._tree.inclusion(place.index, head.size)],
+                "consistency": [step.hex() for step in self._tree.consistency(since, head.size)] if since else [],
+            }
+            return proof
+
+    def close(self) -> None:
+        """Idempotent; what was not sealed is gone."""
+        with self._lock:
+            self._file.close()
+
+    def _append(self, body: Body, at: float) -> Entry:
+        try:
+            entry = make_entry(self._tree.size, self._prev, body, at)
+            line, found = line_of(entry)
+        except ValueError as error:
+            raise RunError(f"the ledger cannot hold this: {error}") from None
+        self._tree.append(found)
+        self._prev = found.hex()
+        self._lines.append((entry, line))
+        if isinstance(body, Version):
+            self._newest = body
+        return entry
+
+    def _next_head(self, at: float) -> Head:
+        new = self._newest
+        version, digest = (None, None) if new is None else (new.version, new.digest)
+        root = self._tree.root().hex()
+        return signed_head(
+            self._key, Head(self._run, self._tree.size, root, version, digest, float(at), self._key.public)
+        )
+
+    def _write(self, content: bytes) -> None:
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(self._file.fileno(), rest) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), self._end)
+            raise RunError(f"the ledger {self.path} could not be written: {error.strerror}") from None
+
+    def _load(self) -> int:
+        """Takes in what is sealed; the number of bytes kept."""
+        sealed = loose = 0
+        pending: list[tuple[Entry, Line]] = []
+        for line in read_lines(self.path):
+            if line.cut:
+                loose += 1
+            elif isinstance(line.item, Entry):
+                pending.append((line.item, line))
+            elif line.item is None:
+                place = self._tree.size + len(pending)
+                raise RunError(f"the ledger {self.path} was altered: entry {place}: {line.problem}")
+            else:
+                self._take(pending, line.item)
+                pending.clear()
+                sealed = line.end
+        loose += len(pending)
+        if loose:
+            os.ftruncate(self._file.fileno(), sealed)
+            os.fsync(self._file.fileno())
+            self.recovered = f"{loose} lines after the last head of {self.path} were never sealed and are cut off"
+        return sealed
+
+    def _take(self, pending: list[tuple[Entry, Line]], head: Head) -> None:
+        """Entries and the head that seals them."""
+        for entry, line in pending:
+            if (entry.index, entry.prev) != (self._tree.size, self._prev):
+                raise RunError(f"the ledger {self.path} was altered: entry {self._tree.size} is not in its place")
+            self._prev = line.hash.hex()
+            self._tree.append(line.hash)
+            if isinstance(line.body, Version):
+                self._newest = line.body
+                self._places[line.body.version] = _Place(entry.index, line.start, line.end - line.start)
+        if head.coordinator != self._key.public or head.run != self._run or not is_genuine(head):
+            raise RunError(f"the ledger {self.path} has a head ({head.short}) that this coordinator's key did not sign")
+        if (head.size, head.root) != (self._tree.size, self._tree.root().hex()):
+            raise RunError(f"the ledger {self.path} was altered: its entries are not those of the head ({head.short})")
+        self._heads[head.size] = self._head = head
