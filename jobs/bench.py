@@ -35,13 +35,14 @@ from bench_floor import Job, to_json, write_sleepy
 
 from raypipe.aggregation.global_model import GlobalModel
 from raypipe.aggregation.transforms import transforms
+from raypipe.compose import compose
 from raypipe.config.load import to_dict
 from raypipe.config.schema import RunConfig
 from raypipe.coordinator.loop import drive
 from raypipe.launch import begin, make_demo_stores, watch
 from raypipe.models.flat import initial
 from raypipe.placement.actor import shut_down, start_local
-from raypipe.run import compose, load_run, new_run_id
+from raypipe.run import load_run, new_run_id
 from raypipe.store import messages as msg
 from raypipe.tracking.journal import Journal
 from raypipe.types import Layout, Role
@@ -465,7 +466,7 @@ async def _drive(made: Any) -> None:
         port = NoStore(store.id, made.config.data, update)
         tasks.append(asyncio.create_task(shell.keep(store.id, port, 5.0, 5.0)))
     try:
-        await drive(made.machine, shell.perform, shell.inbox, shell.clock)
+        await drive(made.machine, shell.perform, shell.inbox, shell.clock, shell.note, made.first)
     finally:
         for task in tasks:
             task.cancel()

@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+DEFAULT = Path("configs/quickstart.yaml")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="raypipe", description=__doc__, allow_abbrev=False)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -40,13 +43,14 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def configured(sub: argparse.ArgumentParser) -> None:
-        default = Path("configs/quickstart.yaml")
-        sub.add_argument("config", nargs="?", type=Path, default=default, help=f"default: {default}")
+        sub.add_argument("config", nargs="?", type=Path, help=f"default: {DEFAULT}")
         sub.add_argument("--config", dest="config_option", type=Path, help=argparse.SUPPRESS)
         sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="train.lr=0.1 ...")
 
     train = verb("train", _train, "train one model across the stores of a configuration")
     configured(train)
+    train.add_argument("--resume", metavar="RUN", help="take up a run that died, by its id or 'last'")
+    train.add_argument("--accept-changes", action="store_true", help="with --resume CONFIG: what may change, changes")
     train.add_argument("--address", help="a running Ray cluster, e.g. 10.0.0.1:6379; default: RAY_ADDRESS, else here")
     check = verb("check", _check, "say what would run where and what it would move; start nothing")
     configured(check)
@@ -87,14 +91,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace, console: Console) -> int:
     from raypipe.launch import federate
-    from raypipe.run import load_run
+    from raypipe.run import load_resumed, load_run
     from raypipe.tracking.console import Screen, show_summary
 
-    config = load_run(options.config_option or options.config, options.set)
+    path, run = options.config_option or options.config, None
+    if options.resume:
+        run, config = load_resumed(options.resume, path, options.set, accept=options.accept_changes)
+    else:
+        config = load_run(path or DEFAULT, options.set)
     title = f"{config.name}: {len(config.stores)} stores, {config.model['name']}, {config.pace}"
     with Screen(console, title, config.stop.max_seconds, config.stop.max_versions) as screen:
         screen.say(title)
-        summary = federate(config, options.address, screen)
+        summary = federate(config, options.address, screen, run)
     show_summary(console, summary, f"raypipe promote {summary['run']} {summary['best_version']} --as champion")
     return 1 if summary["status"] == "failed" else 0
 
@@ -114,7 +122,7 @@ def _ask(options: argparse.Namespace, console: Console) -> int:
 def _check(options: argparse.Namespace, console: Console) -> int:
     from raypipe.run import check, load_run
 
-    config = load_run(options.config_option or options.config, options.set)
+    config = load_run(options.config_option or options.config or DEFAULT, options.set)
     console.print(check(config), highlight=False, markup=False, soft_wrap=True)
     return 0
 
@@ -125,7 +133,7 @@ def _data(options: argparse.Namespace, console: Console) -> int:
     from raypipe.placement.homes import stores_home
     from raypipe.run import load_run
 
-    config = load_run(options.config_option or options.config, options.set)
+    config = load_run(options.config_option or options.config or DEFAULT, options.set)
     made = make_demo_stores(config, options.out or stores_home(), options.source)
     console.print(describe_stores(made), highlight=False, markup=False, soft_wrap=True)
     return 0

@@ -5,6 +5,7 @@
     ├── RunError            the run cannot begin or go on: no quorum, disk full, no cluster (exit code 1)
     └── StoreError          theirs; training goes on with the others
         ├── StoreRefused    the store's policy or its data said no
+        │   └── StoreSuperseded   a newer coordinator has the run; this one is to end
         ├── StoreUnreachable
         └── UpdateRejected  not finite, of the wrong shape, of an unknown ticket
 
@@ -51,6 +52,10 @@ class StoreError(RaypipeError):
 
 class StoreRefused(StoreError):
     """The store's own policy or data forbids what was asked."""
+
+
+class StoreSuperseded(StoreRefused):
+    """A coordinator of a later epoch has taken the run over: whoever hears this ends itself."""
 
 
 class StoreUnreachable(StoreError):

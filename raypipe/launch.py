@@ -7,32 +7,35 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from raypipe.compose import compose
 from raypipe.config.load import to_dict
 from raypipe.config.schema import RunConfig
 from raypipe.data.sample import download_full, load_full, load_sample
 from raypipe.data.stores import StoreSummary, make_stores
 from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.placement.homes import raypipe_home
-from raypipe.run import compose, new_run_id
+from raypipe.run import new_run_id
 from raypipe.tracking.console import Screen
 
 LOOK_S = 0.3  # between two looks at how it goes
 GIVE_UP_S = 90.0  # after a second Ctrl-C, or when the coordinator does not answer
 
 
-def federate(config: RunConfig, address: str | None, screen: Screen) -> dict[str, Any]:
+def federate(config: RunConfig, address: str | None, screen: Screen, resume: str | None = None) -> dict[str, Any]:
     """A whole run; its summary. Ctrl-C (or `ray job stop`) ends it cleanly: what was published is kept.
 
-    Raises RaypipeError. `address`: a Ray address; None: RAY_ADDRESS if set, else this machine alone.
+    Raises RaypipeError. `address`: a Ray address; None: RAY_ADDRESS if set, else this machine alone. `resume`: the id
+    of a run to be taken up.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     from raypipe.placement import actor as cluster
 
-    run = new_run_id(config.name, time.time())
+    run = resume or new_run_id(config.name, time.time())
     if address:
         cluster.connect(address)
         home = None
@@ -40,7 +43,7 @@ def federate(config: RunConfig, address: str | None, screen: Screen) -> dict[str
         home = str(raypipe_home())
         _start_here(config)
     try:
-        return _watch(config, run, home, screen)
+        return _watch(config, run, home, screen, again=resume is not None)
     finally:
         cluster.shut_down()
 
@@ -106,7 +109,7 @@ def make_demo_stores(config: RunConfig, out: Path, source: str | None = None) ->
     )
 
 
-def begin(config: RunConfig, run: str, home: str | None, mlflow: dict[str, str]) -> Any:
+def begin(config: RunConfig, run: str, home: str | None, mlflow: dict[str, str], *, again: bool = False) -> Any:
     """The run's coordinator as an actor of this cluster, on the head."""
     from raypipe.coordinator.actor import CoordinatorActor, on_head
     from raypipe.placement.actor import NAMESPACE
@@ -114,7 +117,8 @@ def begin(config: RunConfig, run: str, home: str | None, mlflow: dict[str, str])
 
     options = {"name": f"coordinator/{run}", "namespace": NAMESPACE, **on_head()}
     options["runtime_env"] = {"env_vars": KEEP_FREED_MEMORY}
-    return CoordinatorActor.options(**options).remote(compose, to_dict(config), run, home, mlflow)
+    make = partial(compose, must_exist=again)
+    return CoordinatorActor.options(**options).remote(make, to_dict(config), run, home, mlflow)
 
 
 def watch(actor: Any, see: Callable[[dict[str, Any]], None], check: Callable[[], None]) -> dict[str, Any]:
@@ -135,11 +139,11 @@ def watch(actor: Any, see: Callable[[dict[str, Any]], None], check: Callable[[],
     return summary
 
 
-def _watch(config: RunConfig, run: str, home: str | None, screen: Screen) -> dict[str, Any]:
+def _watch(config: RunConfig, run: str, home: str | None, screen: Screen, *, again: bool) -> dict[str, Any]:
     import ray
 
     mlflow = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
-    actor = begin(config, run, home, mlflow)
+    actor = begin(config, run, home, mlflow, again=again)
     stop = _StopKey(lambda: actor.stop.remote("stopped by hand"))
     try:
         with stop:

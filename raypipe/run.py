@@ -5,38 +5,26 @@ This file and cli.py alone know all rooms.
 
 from __future__ import annotations
 
-import hashlib
-import random
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from raypipe.config.load import load, to_dict
 from raypipe.config.schema import RunConfig
-from raypipe.coordinator.board import Board
-from raypipe.coordinator.composition import Composition
 from raypipe.coordinator.explain import Sizes, explain
-from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.policy import Policy, pace
-from raypipe.coordinator.shell import Shell
 from raypipe.coordinator.staleness import staleness
 from raypipe.data.split import splits
 from raypipe.errors import ConfigError, did_you_mean
 from raypipe.models import models
-from raypipe.models.tensors import vector_from
-from raypipe.placement.homes import raypipe_home
 from raypipe.registry import Registry
-from raypipe.store.messages import Plan
 from raypipe.store.optimizers import optimizers
 from raypipe.store.schedules import schedules
 from raypipe.tasks import tasks
 from raypipe.tasks.metrics import lower_is_better
-from raypipe.tracking.book import RunBook
+from raypipe.tracking.lineage import flat_params
 from raypipe.types import Role
 from raypipe.update.codec import chain, codecs, encoded_bytes
 
@@ -51,6 +39,35 @@ def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     except ValueError as error:
         raise ConfigError(f"pacing: {error}") from None
     return config
+
+
+HARMLESS = ("stop.", "track.", "evaluate.", "pacing.join_s", "pacing.hung_s", "pacing.heartbeat_s", "pacing.backoff_s")
+
+
+def load_resumed(which: str, path: Path | None, overrides: Sequence[str], *, accept: bool) -> tuple[str, RunConfig]:
+    """The id and the configuration of a run to be taken up: its own, or with changes that do it no harm.
+
+    Raises ConfigError with every change that is not accepted.
+    """
+    from raypipe.tracking.book import run_folder
+    from raypipe.tracking.lineage import read_history
+
+    folder = run_folder(which)
+    before = flat_params(read_history(folder).run()["config"])
+    own = RunConfig.model_validate(read_history(folder).run()["config"])
+    if path is None and not overrides:
+        return folder.name, own
+    if path is None:
+        raise ConfigError("--set with --resume: name the configuration file too, so that it is clear what changes")
+    config = load_run(path, overrides)
+    after = flat_params(to_dict(config))
+    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    refused = [key for key in changed if not (accept and key.startswith(HARMLESS))]
+    hint = "" if accept else " (--accept-changes allows those of stop, track and evaluate)"
+    if refused:
+        said = [(key, before.get(key, "nothing"), after.get(key, "nothing")) for key in refused]
+        raise ConfigError([f"{key}: the run has {old}, {path} says {new}{hint}" for key, old, new in said])
+    return folder.name, config
 
 
 def part_problems(said: Mapping[str, Any]) -> list[str]:
@@ -103,6 +120,7 @@ def _chain_problems(how: list[Any]) -> list[str]:
 def policy_of(config: RunConfig) -> Policy:
     """The machine's settings: what the pace stands for, and what is said on top."""
     said = config.pacing.model_dump(exclude={"staleness", "heartbeat_s"})
+    said["settle_first"] = config.train.keep_optimizer
     said |= config.stop.model_dump() | {"evaluate_every": config.evaluate.every, "central": config.evaluate.central}
     said["weigh_staleness"] = staleness.build(config.pacing.staleness)
     said["lower_is_better"] = lower_is_better(config.evaluate.metric)
@@ -112,96 +130,6 @@ def policy_of(config: RunConfig) -> Policy:
 def new_run_id(name: str, now: float) -> str:
     """Unique, sortable by time, safe in file and actor names."""
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{secrets.token_hex(2)}"
-
-
-def compose(config: dict[str, Any], run: str, *, home: str | None, put: Callable[[np.ndarray], Any]) -> Composition:
-    """All parts of a run, in the process that will coordinate it. `put` makes weights fetchable."""
-    from raypipe.aggregation.global_model import GlobalModel
-    from raypipe.aggregation.transforms import transforms
-    from raypipe.models.flat import initial
-
-    said = RunConfig.model_validate(config)
-    place = Path(home) if home else raypipe_home()
-    task = tasks.build(said.task)
-    layout, vector = initial(said.model, task.num_outputs, task.channels, task.image_size, said.seed)
-    if said.warm_start:
-        from raypipe.tracking.registry import load_weights
-
-        vector = load_weights(said.warm_start, layout)
-    epochs = said.train.local_epochs
-    if epochs is None and said.train.local_steps is None and said.pace != "paced":
-        epochs = 1.0
-    plan = Plan(
-        run=run,
-        task=said.task,
-        model=said.model,
-        data=said.data,
-        optimizer=said.train.optimizer,
-        lr=said.train.lr,
-        schedule=said.train.schedule,
-        batch_size=said.train.batch_size,
-        layout=layout.fingerprint,
-        keep_optimizer=said.train.keep_optimizer,
-        max_bad_share=said.train.max_bad_share,
-    )
-    transform = transforms.build(said.server)
-    threads = None if said.local is None else 1  # on one machine the cores belong to the stores
-    model = GlobalModel(layout, vector, transform, how=said.update, normalise=said.pacing.normalise, threads=threads)
-    folder = place / "runs" / run
-    every = (said.track.keep_every, said.track.log_model_every)
-    book = RunBook(folder, said.track.keep_last, every, time.time)
-    ids = [store.id for store in said.stores]
-    clock = time.monotonic
-    policy = policy_of(said)
-    chance = random.Random(said.seed)
-    machine = Coordinator(policy, ids, metric=said.evaluate.metric, chance=chance, start_at=clock())
-    board = Board(said.evaluate.metric)
-    code = code_hash()
-    shell = Shell(
-        run=run,
-        seed=said.seed,
-        epoch=1,
-        plan=plan,
-        how=said.update,
-        max_epochs=epochs,
-        max_steps=said.train.local_steps,
-        model=model,
-        book=book,
-        board=board,
-        put=put,
-        clock=clock,
-        wall=time.time,
-    )
-    shell.record(
-        "run_started",
-        {
-            "run": run,
-            "name": said.name,
-            "config": to_dict(said),
-            "layout": layout.to_json(),
-            "plan": asdict(plan),
-            "code_hash": code,
-            "at": time.time(),
-            "stores": ids,
-            "experiment": said.track.experiment or said.name,
-            "register_as": said.track.register_as or said.name,
-            "epoch": 1,
-        },
-    )
-
-    def read(version: int) -> np.ndarray:
-        return vector_from(layout, book.versions.read(version))
-
-    return Composition(said, machine, shell, board, plan, place, folder, 1, code, book.versions.kept, read)
-
-
-def code_hash() -> str:
-    """Of this package's own source: what ran, and a guard against actors of other code."""
-    digest = hashlib.sha256()
-    here = Path(__file__).parent
-    for file in sorted(here.rglob("*.py")):
-        digest.update(str(file.relative_to(here)).encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 PHOTO_BYTES = 100_000.0  # a product photo as JPEG, where nothing better is known

@@ -19,10 +19,11 @@ import pytest
 import yaml
 from conftest import ROOT, STORES, Place
 
+from raypipe.compose import compose
 from raypipe.config.schema import RunConfig
 from raypipe.models.flat import initial
 from raypipe.models.tensors import vector_from
-from raypipe.run import compose, new_run_id
+from raypipe.run import new_run_id
 from raypipe.tracking.book import run_folder
 from raypipe.tracking.journal import Journal
 from raypipe.tracking.versions import VersionStore
@@ -71,8 +72,8 @@ class Federation:
 
         found = {}
         for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000):
-            if actor.name and actor.name.startswith(f"{self.run}/"):
-                found[actor.name.split("/")[1]] = actor.pid
+            if actor.name and actor.name.startswith(f"store/{self.run}/"):
+                found[actor.name.split("/")[2]] = actor.pid
         return found
 
 
@@ -243,7 +244,8 @@ def test_a_store_whose_node_is_missing_pends_and_is_named(cluster: Place) -> Non
 
         federation = Federation(cluster, config)
         federation.until(lambda board: any("shop-9" in line for line in board["lines"]))
-        states = {a.name.split("/")[1]: a.state for a in list_actors(limit=1000) if a.name.startswith(federation.run)}
+        actors = [a for a in list_actors(limit=1000) if a.name.startswith(f"store/{federation.run}/")]
+        states = {a.name.split("/")[2]: a.state for a in actors}
         summary = federation.result()
     assert states.pop("shop-9") == "PENDING_CREATION", "it runs nowhere else"
     assert set(states.values()) == {"ALIVE"}

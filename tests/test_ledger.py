@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +28,33 @@ from hypothesis import strategies as st
 
 from raypipe.errors import ConfigError, RunError, StoreError, StoreRefused, UpdateRejected
 from raypipe.ledger import entries, heads
-from raypipe.ledger.chain import FILE, Ledger
+from raypipe.ledger.chain import Ledger
+from raypipe.ledger.commands import add_parsers
 from raypipe.ledger.entries import Body, Entry, plain
 from raypipe.ledger.evidence import evidence
+from raypipe.ledger.follow import KINDS, record
 from raypipe.ledger.heads import signed_head
-from raypipe.ledger.keys import digest, fingerprint, load_key, load_or_make_key
+from raypipe.ledger.keys import MANY_BYTES, digest, fingerprint, load_key, load_or_make_key
 from raypipe.ledger.keys import verify as is_signed_by
+from raypipe.ledger.lines import FILE
 from raypipe.ledger.offline import canonical, check, leaf_hash, node_hash, update_statement
 from raypipe.ledger.prove import prove
 from raypipe.ledger.receipts import Receipts, read_receipts
-from raypipe.ledger.roster import Roster, admit, check_signature, enroll, load_roster, revoke, save_roster
+from raypipe.ledger.roster import (
+    Roster,
+    admit,
+    change_roster,
+    check_signature,
+    enroll,
+    load_roster,
+    revoke,
+    save_roster,
+)
 from raypipe.ledger.tree import Tree, verify_consistency, verify_inclusion
 from raypipe.ledger.verify import Findings, Saved, read_saved, verify
 from raypipe.ledger.witness import Witness
+from raypipe.tracking.journal import Journal, Record
+from raypipe.tracking.records import Kind
 
 RUN = "shelf-1"
 STORES = ["north", "south"]
@@ -90,6 +106,7 @@ class Federation:
         return self.signed(replace(update, **changes))
 
     def signed(self, update: entries.Update) -> entries.Update:
+        assert update.digest is not None
         said = update_statement(
             run=RUN,
             store=update.store,
@@ -103,17 +120,17 @@ class Federation:
         return replace(update, signature=self.keys[update.store].sign("update", said))
 
     def version(self, number: int, updates: int, **changes: Any) -> entries.Version:
+        parent = number - 1 if number else None
+        before = digest(weights(number - 1)) if number else None
+        return replace(entries.Version(number, parent, before, digest(weights(number)), updates), **changes)
+
+    def keep(self, number: int) -> entries.Kept:
         folder = self.run_folder / "versions"
         folder.mkdir(exist_ok=True)
         content = weights(number).tobytes()
         name = f"v{number:05d}.safetensors"
         (folder / name).write_bytes(content)
-        parent = number - 1 if number else None
-        before = digest(weights(number - 1)) if number else None
-        made = entries.Version(
-            number, parent, before, name, sha256(content).hexdigest(), digest(weights(number)), updates
-        )
-        return replace(made, **changes)
+        return entries.Kept(number, name, blake3(content).hexdigest(), len(content))
 
     def publish(self, number: int) -> None:
         """The stores look at the base, co-sign, and have their updates folded."""
@@ -123,6 +140,7 @@ class Federation:
                 self.say(self.update(store, number))
         self.say(self.version(number, len(STORES) if number else 0))
         self.ledger.seal(at=self.at)
+        self.say(self.keep(number))  # under the next head
 
     def witness(self, store: str, base: int) -> None:
         proof = self.ledger.base_proof(base, self.witnesses[store].size(RUN))
@@ -154,6 +172,7 @@ def federation(folder: Path, versions: int = 4) -> Federation:
     made.begin()
     for number in range(1, versions):
         made.publish(number)
+    made.ledger.seal(at=made.at)
     made.ledger.close()
     return made
 
@@ -253,6 +272,13 @@ def test_a_digest_is_of_the_little_endian_bytes_whatever_the_array() -> None:
     assert digest(np.zeros(0, np.float32)) == digest(b"") == "b3:" + blake3(b"").hexdigest()
 
 
+def test_a_digest_is_the_same_by_any_number_of_threads() -> None:
+    for size in (MANY_BYTES, MANY_BYTES + 4, 3 * MANY_BYTES):
+        vector = np.arange(size // 4, dtype=np.float32)
+        expected = "b3:" + blake3(vector.tobytes()).hexdigest()
+        assert {digest(vector, threads=threads) for threads in (None, 1, 2)} == {expected}
+
+
 # The tree, against RFC 6962's own words (2.1)
 
 
@@ -309,6 +335,83 @@ def test_roots_and_proofs_are_those_of_the_rfc() -> None:
             if steps:
                 assert not verify_consistency(other + 1, size, steps[:-1], old, root)
                 assert not verify_consistency(other + 1, size, [leaf_hash(b"else"), *steps[1:]], old, root)
+
+
+# The reference data of Certificate Transparency's own Merkle tree tests.
+CT_LEAVES = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f"]
+CT_ROOTS = [
+    "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+    "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d",
+    "fac54203e7cc696cf0dfcb42c92a1d9dbaf70ad9e621f4bd8d98662f00e3c125",
+    "aeb6bcfe274b70a14fb067a5e5578264db0fa9b51af5e0ba159158f329e06e77",
+    "d37ee418976dd95753c1c73862b9398fa2a2cf9b4ff0fdfe8b30cd95209614b7",
+    "4e3bbb1f7b478dcfe71fb631631519a3bca12c9aefca1612bfce4c13a86264d4",
+    "76e67dadbcdf1e10e1b74ddc608abd2f98dfb16fbce75277b5232a127f2087ef",
+    "ddb89be403809e325750d3d263cd78929c2942b7942a34b77e122c9594a74c8c",
+    "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328",
+]
+CT_INCLUSION = {  # leaf, size -> from the leaf up, by their first 8 digits
+    (0, 1): "",
+    (0, 8): "96a296d2 5f083f0a 6b47aaf2",
+    (5, 8): "bc1a0643 ca854ea1 d37ee418",
+    (2, 3): "fac54203",
+    (1, 5): "6e340b9c 5f083f0a bc1a0643",
+}
+CT_CONSISTENCY = {  # of which size, in which size
+    (1, 1): "",
+    (1, 8): "96a296d2 5f083f0a 6b47aaf2",
+    (6, 8): "0ebc5d34 ca854ea1 d37ee418",
+    (2, 5): "5f083f0a bc1a0643",
+}
+
+
+def test_the_published_vectors_come_out() -> None:
+    tree = Tree()
+    for size, root in enumerate(CT_ROOTS):
+        assert tree.root().hex() == root
+        if size < len(CT_LEAVES):
+            tree.append(bytes.fromhex(CT_LEAVES[size]))
+    assert [tree.root(size).hex() for size in range(9)] == CT_ROOTS
+    for (leaf, size), path in CT_INCLUSION.items():
+        assert " ".join(step.hex()[:8] for step in tree.inclusion(leaf, size)) == path
+    for (first, size), path in CT_CONSISTENCY.items():
+        assert " ".join(step.hex()[:8] for step in tree.consistency(first, size)) == path
+
+
+def test_the_rfcs_own_example_comes_out() -> None:
+    """RFC 6962, 2.1.3: seven leaves, its letters."""
+    data = [bytes([number]) for number in range(7)]
+    tree = Tree()
+    for one in data:
+        tree.append(one)
+    a, b, c, d, e, f, j = map(leaf_hash, data)
+    g, h, i = node_hash(a, b), node_hash(c, d), node_hash(e, f)
+    k, l = node_hash(g, h), node_hash(i, j)  # noqa: E741  # the RFC's letter
+    assert tree.root() == node_hash(k, l)
+    assert [tree.inclusion(leaf, 7) for leaf in (0, 3, 4, 6)] == [[b, h, l], [c, g, l], [f, j, k], [i, k]]
+    assert [tree.consistency(first, 7) for first in (3, 4, 6)] == [[c, d, g, l], [l], [i, j, k]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.integers(1, 1200), data=st.data())
+def test_big_trees_are_those_of_the_rfc_at_every_earlier_size(size: int, data: st.DataObject) -> None:
+    leaves = [number.to_bytes(2, "big") for number in range(size)]
+    tree = Tree()
+    for leaf in leaves:
+        tree.append(leaf)
+    then = data.draw(st.integers(1, size))
+    index = data.draw(st.integers(0, then - 1))
+    assert tree.root(then) == rfc_root(leaves[:then])
+    assert tree.inclusion(index, then) == rfc_path(index, leaves[:then])
+    assert tree.consistency(index + 1, then) == rfc_subproof(index + 1, leaves[:then], True)
+
+
+def test_what_a_tree_does_not_have_is_refused() -> None:
+    tree = Tree()
+    tree.append(b"")
+    for asked in (lambda: tree.root(2), lambda: tree.inclusion(0, 2), lambda: tree.consistency(0, 1)):
+        with pytest.raises(ValueError, match=r"in a tree of .*1"):
+            asked()
 
 
 def test_a_tree_that_began_otherwise_has_no_proof() -> None:
@@ -375,7 +478,8 @@ def test_a_roster_outlives_its_process(tmp_path: Path, made: Federation) -> None
 def test_an_honest_ledger_holds(made: Federation) -> None:
     findings = made.verify(*(read_saved(made.heads_of(store)) for store in STORES))
     assert findings.problems == findings.notes == ()
-    assert findings.counts["version"] == findings.counts["weights"] == findings.counts["heads"] == 4
+    assert findings.counts["version"] == findings.counts["weights"] == findings.counts["kept"] == 4
+    assert findings.counts["heads"] == 5
     assert findings.counts["cosignatures"] == 6
     assert findings.coordinator == made.key.public
     assert findings.summary().startswith("the ledger holds (1 run, 2 store, 4 version")
@@ -397,8 +501,8 @@ def test_a_ledger_goes_on_where_it_was_sealed(made: Federation) -> None:
     assert "refused" not in findings.counts
 
 
-@pytest.mark.parametrize("cut", [1, 40, 700, 1800])
-def test_a_line_that_a_crash_cut_is_ignored_and_said(made: Federation, cut: int) -> None:
+@pytest.mark.parametrize(("cut", "newest"), [(1, 3), (40, 3), (700, 3), (1400, 2), (3000, 2)])
+def test_a_line_that_a_crash_cut_is_ignored_and_said(made: Federation, cut: int, newest: int) -> None:
     path = made.run_folder / FILE
     os.truncate(path, path.stat().st_size - cut)
     findings = made.verify()
@@ -406,7 +510,7 @@ def test_a_line_that_a_crash_cut_is_ignored_and_said(made: Federation, cut: int)
     assert "the file ends inside" in findings.notes[0].line
     ledger = Ledger(made.run_folder, made.key, RUN)
     assert ledger.recovered.endswith("were never sealed and are cut off")
-    assert ledger.newest == 2
+    assert ledger.newest == newest
     ledger.close()
     again = made.verify()
     assert again.problems == again.notes == ()
@@ -531,6 +635,14 @@ def test_a_line_that_says_the_same_in_other_bytes_is_named(made: Federation) -> 
         assert str(made.verify().problems[0]) == "entry 3: its line is not canonical JSON"
 
 
+def test_a_line_that_is_torn_in_two_is_named_once(made: Federation) -> None:
+    lines = made.read()
+    for place, line in enumerate(lines):
+        for at in (0, 1, 2, 7, 8, 9, 100, len(line) - 2):
+            made.write([*lines[:place], line[:at] + b"\n" + line[at + 1 :], *lines[place + 1 :]])
+            assert named(made.verify()) == touched(lines, place)
+
+
 def test_a_head_of_another_key_is_named(made: Federation) -> None:
     lines, stranger = made.read(), made.keys["north"]
     head = heads.head_from(json.loads(lines[-1])["head"])
@@ -580,9 +692,10 @@ def test_a_fork_under_the_coordinators_own_key_is_found_by_heads_that_stores_kep
     assert forged.verify().ok  # by itself it holds: nobody else's word is in it
     findings = forged.verify(read_saved(made.heads_of("south")))
     assert "forked: it or one up to" in lines_of(findings)
-    first, place = named(findings), forged.index_of(b'"ticket":"north-2"')
-    assert first is not None
-    assert first <= place < first + 4  # within the version's own entries
+    ours, theirs = ([json.loads(line)["entry"] for line in it.read() if b'{"entry"' in line] for it in (made, forged))
+    differs = next(i for i, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other)
+    sizes = [head.size for head in read_saved(made.heads_of("south")).heads]
+    assert named(findings) == max(size for size in sizes if size <= differs)
 
 
 def test_a_copy_of_the_ledger_names_the_forked_entry(made: Federation, tmp_path: Path) -> None:
@@ -679,7 +792,8 @@ def test_what_a_version_may_not_be_is_named(tmp_path: Path) -> None:
         ("does not name the parent that it has", lambda f: [f.version(4, 0, parent=2)]),
         ("version 3 was made before", lambda f: [f.version(3, 0, parent=3, parent_digest=digest(weights(3)))]),
         ("an update of version 3, which was made before it", lambda f: [f.update("north", 3, ticket="late")]),
-        ("names a file outside its folder", lambda f: [f.version(4, 0, file="../keys/coordinator.pem")]),
+        ("names a file outside its folder", lambda f: [entries.Kept(3, "../../keys/coordinator.pem", "0", 1)]),
+        ("weights of version 4, which is not", lambda f: [entries.Kept(4, "v", "0", 1)]),
         ("comes with another key while", lambda f: [entries.Store("north", f.key.public)]),
         ("has no such key to revoke", lambda f: [entries.Revoked("north", f.key.public, "lost")]),
         ("the configuration does not have its hash", lambda f: [entries.Run(RUN, 2, f.key.public, "0", "c", {})]),
@@ -687,10 +801,17 @@ def test_what_a_version_may_not_be_is_named(tmp_path: Path) -> None:
         ("it is of run other", lambda f: [entries.Run("other", 2, f.key.public, "0", "c")]),
         ("did not co-sign the head of size", lambda f: [entries.Witnessed(f.size(), {"north": "00" * 64})]),
         ("which is not here", lambda f: [entries.Witnessed(2, {})]),
+        ("version 2 is withdrawn; the newest, which alone can be, is 3", lambda f: [entries.Withdrawn(2, "lost")]),
+        ("not signed by store north", lambda f: [replace(f.update("north", 4), signature=None), version(f)]),
+        ("comes with no key while", lambda f: [entries.Store("north", None)]),
+        ("not signed by store south", lambda f: [*keyless(f), f.update("south", 4), version(f)]),
     ]
 
     def gone(made: Federation) -> Body:
         return entries.Revoked("north", made.keys["north"].public, "lost")
+
+    def keyless(made: Federation) -> list[Body]:
+        return [entries.Revoked("south", made.keys["south"].public, "lost"), entries.Store("south", None)]
 
     for number, (line, bodies) in enumerate(wrong):
         made = federation(tmp_path / str(number))
@@ -728,11 +849,9 @@ def test_a_store_co_signs_the_head_that_its_base_is_under(going_on: Federation) 
             going_on.ledger.witness(wrong, going_on.keys["north"].public)
     going_on.ledger.seal(at=going_on.at)
     assert ask(going_on, "north", 4)["size"] == going_on.size() > said["size"]
-    going_on.say(entries.Finished("enough", 5, None))
-    assert ask(going_on, "north", 4)["size"] == said["size"] + 1  # not sealed, not said
-    going_on.ledger.seal(at=going_on.at)
     shown = going_on.ledger.base_proof(4, 0)["head"]["size"]
     going_on.say(entries.Refused("north", "t", "late"))
+    assert going_on.ledger.base_proof(4, 0)["head"]["size"] == shown  # not sealed, not said
     going_on.ledger.seal(at=going_on.at)
     assert going_on.ledger.base_proof(4, 0)["head"]["size"] == shown + 1
     assert going_on.verify(read_saved(going_on.heads_of("north"))).ok
@@ -998,3 +1117,405 @@ def test_evidence_of_a_broken_ledger_says_so(made: Federation) -> None:
     text = evidence(made.run_folder, at=4000.0)
     assert "the ledger does NOT hold" in text
     assert '<div class="fails">' in text
+
+
+# From the journal
+
+
+class Told:
+    """A journal of a run with two stores, and the ledger that follows it."""
+
+    def __init__(self, folder: Path, *, signed: bool = True) -> None:
+        self.folder, self.signed = folder, signed
+        folder.mkdir(parents=True, exist_ok=True)
+        self.key = load_or_make_key(folder / "coordinator.pem")
+        self.keys = {store: load_or_make_key(folder / f"{store}.pem") for store in STORES}
+        self.journal = Journal(folder / "journal.sqlite", write=True)
+        self.at = 1000.0
+
+    def tell(self, kind: Kind, **body: Any) -> None:
+        self.at += 1.5
+        self.journal.append(kind, body, self.at)
+
+    def start(self, epoch: int = 1) -> None:
+        self.tell("run_started", run=RUN, epoch=epoch, code_hash="c0de", config={"data": "shelf", "lr": 0.05})
+
+    def join(self, store: str, train: int = 70, **more: Any) -> None:
+        if self.signed:
+            more = {"key": self.keys[store].public, **more}
+        self.tell("store_joined", store=store, counts={"train": train}, hash="da7a", cpus=1.0, gpu=None, **more)
+
+    def contribution(self, store: str, version: int, ticket: str) -> dict[str, Any]:
+        base = version - 1
+        made = {"store": store, "ticket": ticket, "base": base, "staleness": 0, "steps": 10, "examples": 320}
+        if self.signed:
+            sent = digest(ticket.encode())
+            said = update_statement(
+                run=RUN,
+                store=store,
+                ticket=ticket,
+                base_version=base,
+                base_digest=digest(weights(base)),
+                update_digest=sent,
+                steps=10,
+                examples=320,
+            )
+            made |= {"digest": sent, "signature": self.keys[store].sign("update", said)}
+        return {**made, "weight": 0.5, "share": 0.5, "seconds": 1.0, "loss": 0.1, "bytes_up": 256}
+
+    def publish(self, version: int) -> None:
+        made = [self.contribution(store, version, f"{store}-{version}") for store in STORES] if version else []
+        facts = {"version": version, "parent": version - 1 if version else None, "hash": digest(weights(version))}
+        self.tell("version_published", **facts, contributions=made)
+        self.tell("evaluated", version=version, split="validation")
+
+    def keep(self, version: int) -> None:
+        folder = self.folder / "versions"
+        folder.mkdir(exist_ok=True)
+        content = weights(version).tobytes()
+        (folder / f"v{version}").write_bytes(content)
+        hashed = blake3(content).hexdigest()
+        self.tell("weights_kept", version=version, file=f"v{version}", hash=hashed, num_bytes=len(content))
+
+    def run(self) -> None:
+        """A run in which a coordinator dies, a version is lost, and a store comes back as it was."""
+        self.start()
+        self.publish(0)
+        self.keep(0)
+        for store in STORES:
+            self.join(store)
+        self.publish(1)
+        self.tell("update_rejected", store="north", ticket="t", reason="not finite")
+        self.keep(1)
+        self.publish(2)
+        self.start(epoch=2)
+        self.tell("version_withdrawn", version=2, reason="its weights were lost")
+        self.join("south")
+        self.join("north", train=80)
+        self.publish(2)
+        self.keep(2)
+        self.publish(3)
+        self.keep(3)
+        self.tell("run_finished", reason="enough", status="finished", versions=4, best_version=3, at=self.at)
+
+    def ledger(self) -> Ledger:
+        return Ledger(self.folder, self.key, RUN)
+
+    def follow(self, until: int | None = None) -> None:
+        """What the journal has up to a record; then the process is gone."""
+        ledger = self.ledger()
+        record(ledger, islice(self.journal.read(), until))
+        ledger.close()
+
+    def lines(self) -> list[bytes]:
+        return (self.folder / FILE).read_bytes().splitlines(keepends=True)
+
+    def kinds(self) -> list[str]:
+        said = [json.loads(line) for line in self.lines()]
+        return [one["entry"]["kind"] if "entry" in one else "head" for one in said]
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Told:
+    made = Told(tmp_path / "told")
+    made.run()
+    return made
+
+
+def test_a_journal_becomes_a_ledger_that_holds(told: Told) -> None:
+    told.follow()
+    version = ["update", "update", "version", "head"]
+    assert told.kinds() == [
+        *("run", "version", "head", "kept", "store", "store"),
+        *(*version, "refused", "kept", *version, "run", "withdrawn", "store", *version, "kept", *version),
+        *("kept", "finished", "head"),
+    ]
+    findings = verify(told.folder)
+    assert findings.problems == findings.notes == ()
+    assert findings.counts["weights"] == 4
+    assert findings.head is not None
+    assert (findings.head.version, findings.head.at) == (3, told.at)
+    first = json.loads(told.lines()[4])["entry"]
+    assert first["body"]["counts"] == {"shelf": {"train": 70}}
+    assert first["body"]["data_hashes"] == {"shelf": "da7a"}
+    assert (first["at"], first["record"]) == (1007.5, 5)
+    for store in STORES:
+        assert is_proven(prove(told.folder, 2, store), told.key.public)
+    assert "withdrawn: its weights were lost" in evidence(told.folder, at=1.0)
+
+
+def test_a_ledger_that_is_told_again_says_nothing_twice(told: Told) -> None:
+    told.follow()
+    before = told.lines()
+    ledger = told.ledger()
+    assert ledger.recorded == told.journal.last()
+    assert record(ledger, told.journal.read()) is None
+    ledger.close()
+    assert told.lines() == before
+
+
+def test_whenever_the_coordinator_dies_the_ledger_is_the_same(told: Told) -> None:
+    told.follow()
+    whole = told.lines()
+    for until in range(told.journal.last() + 1):
+        (told.folder / FILE).unlink()
+        told.follow(until)
+        told.follow()
+        assert told.lines() == whole, until
+    for cut in range(0, len(b"".join(whole)), 97):
+        os.truncate(told.folder / FILE, cut)
+        told.follow()
+        assert told.lines() == whole, cut
+
+
+def test_a_ledger_told_record_by_record_is_the_same(told: Told) -> None:
+    told.follow()
+    whole = told.lines()
+    (told.folder / FILE).unlink()
+    ledger = told.ledger()
+    for one in told.journal.read():
+        record(ledger, [one])
+    ledger.close()
+    assert told.lines() == whole
+
+
+def test_a_full_disk_is_made_up_for_when_it_has_room(told: Told) -> None:
+    told.follow()
+    whole = told.lines()
+    for room in range(0, len(b"".join(whole)), 1501):
+        (told.folder / FILE).unlink()
+        ledger = told.ledger()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            with pytest.raises(RunError, match="could not be written: File too large"):
+                record(ledger, told.journal.read())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        record(ledger, told.journal.read(after=ledger.recorded, kinds=KINDS))
+        ledger.close()
+        assert told.lines() == whole, room
+
+
+def test_a_run_without_signatures_says_so(tmp_path: Path) -> None:
+    told = Told(tmp_path / "told", signed=False)
+    told.run()
+    told.follow()
+    findings = verify(told.folder)
+    assert findings.ok
+    assert [str(note) for note in findings.notes] == [
+        "entry 5: 8 updates from here on are unsigned: whose they are is the coordinator's word alone"
+    ]
+    update = json.loads(told.lines()[6])["entry"]["body"]
+    assert (update["digest"], update["signature"]) == (None, None)
+    with pytest.raises(ConfigError, match="store north did not sign its update in version 2"):
+        prove(told.folder, 2, "north")
+    assert "none: unsigned" in evidence(told.folder, at=1.0)
+    assert "320 images, unsigned)" in evidence(told.folder, at=1.0)
+
+
+def test_a_store_that_comes_with_another_key_has_the_first_revoked(told: Told, tmp_path: Path) -> None:
+    told.keys["north"] = load_or_make_key(tmp_path / "other.pem")
+    told.join("north", train=80)
+    told.publish(4)
+    told.follow()
+    assert told.kinds()[-7:-4] == ["head", "revoked", "store"]
+    assert verify(told.folder).problems == ()
+    told.join("north", train=80, key=None)
+    told.publish(5)
+    told.follow()
+    assert "not signed by store north" in lines_of(verify(told.folder))
+
+
+def test_a_key_revoked_by_hand_is_not_taken_in_again_by_an_old_record(told: Told) -> None:
+    """The store's last record says nothing new, so only its number shows that it was read."""
+    told.join("north", train=80)
+    told.follow()
+    ledger = told.ledger()
+    record(ledger, told.journal.read())
+    ledger.append(entries.Revoked("north", told.keys["north"].public, "lost"), at=told.at)
+    ledger.seal(at=told.at)
+    ledger.close()
+    told.follow()
+    ledger = told.ledger()
+    assert ledger.store("north") is None
+    ledger.close()
+
+
+def test_a_withdrawn_version_has_no_proof_until_it_is_made_again(told: Told) -> None:
+    ledger = told.ledger()
+    records = list(told.journal.read())
+    gone = next(i for i, one in enumerate(records) if one.kind == "version_withdrawn")
+    record(ledger, records[:gone])
+    first = ledger.base_proof(2)["entry"]
+    record(ledger, records[gone:-1])
+    assert ledger.newest == 3
+    assert ledger.base_proof(2)["entry"]["index"] > first["index"]
+    ledger.append(entries.Withdrawn(3, "lost"), at=told.at)
+    assert ledger.newest == 2
+    head = ledger.seal(at=told.at)
+    assert (head.version, head.digest) == (2, digest(weights(2)))
+    with pytest.raises(RunError, match="no sealed version 3"):
+        ledger.base_proof(3)
+    ledger.close()
+    assert verify(told.folder).ok
+    ledger = told.ledger()
+    assert ledger.newest == 2
+    with pytest.raises(RunError, match="no sealed version 3"):
+        ledger.base_proof(3)
+    with pytest.raises(ConfigError, match="the ledger has no version 3; the newest is 2"):
+        prove(told.folder, 3, "north")
+    ledger.close()
+
+
+def test_a_record_that_cannot_be_is_named_and_leaves_nothing(told: Told) -> None:
+    told.follow()
+    before = told.lines()
+    wrong: list[tuple[Kind, dict[str, Any], str]] = [
+        ("weights_kept", {"version": 3}, r"journal record \d+ is not of kind weights_kept: 'file'"),
+        ("update_rejected", {"store": 1, "ticket": 2, "reason": 3}, "the ledger cannot hold this: refused: store"),
+        ("version_published", {"version": 9, "parent": 8, "hash": "", "contributions": []}, "has no version 8 that it"),
+        (
+            "version_published",
+            {
+                **{"version": 4, "parent": 3, "hash": digest(weights(4))},
+                "contributions": [
+                    told.contribution("north", 4, "a"),
+                    {**told.contribution("south", 4, "b"), "weight": float("nan")},
+                ],
+            },
+            "cannot hold this",
+        ),
+    ]
+    ledger = told.ledger()
+    for number, (kind, body, line) in enumerate(wrong):
+        one = Record(told.journal.last() + number + 1, 1.0, kind, body)
+        for _ in range(2):
+            with pytest.raises(RunError, match=line):
+                record(ledger, [one])
+    ledger.seal(at=1.0)
+    ledger.close()
+    assert told.lines() == before
+
+
+# The command line
+
+
+class Line:
+    """`raypipe`, with this room's verbs only."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.parser, self.capsys = argparse.ArgumentParser(), capsys
+        add_parsers(self.parser.add_subparsers(required=True))
+
+    def __call__(self, *words: object) -> tuple[int, list[str]]:
+        options = self.parser.parse_args([str(word) for word in words])
+        code = options.run(options, None)
+        return code, self.capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture
+def line(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Line:
+    monkeypatch.setenv("RAYPIPE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return Line(capsys)
+
+
+def test_a_ledger_is_verified_from_the_command_line(line: Line, tmp_path: Path) -> None:
+    told = Told(tmp_path / "home" / "runs" / RUN)
+    told.run()
+    with pytest.raises(RunError, match=f"run {RUN} kept no ledger: .*{FILE} is missing"):
+        line("ledger", "verify", RUN)
+    told.follow()
+    code, said = line("ledger", "verify", "last")
+    assert code == 0
+    assert said[0].startswith("the ledger holds (2 run, 5 version, 6 heads, 4 kept")
+    assert f"signed by {told.key.public} (fingerprint {fingerprint(told.key.public)})" in said[1]
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(b"".join(told.lines()))
+    assert line("ledger", "verify", RUN, "--against", copy, "--coordinator-key", told.key.public) == (0, said[:1])
+    lines = told.lines()
+    lines[1] = lines[1].replace(b'"version":0', b'"version":7')
+    (told.folder / FILE).write_bytes(b"".join(lines))
+    code, said = line("ledger", "verify", told.folder, "--against", copy)
+    assert code == 1
+    assert said[0] == "WRONG: entry 1: its content does not have its hash"
+    assert said[-2].startswith("the ledger does NOT hold")
+    with pytest.raises(ConfigError, match="--coordinator-key: a public key is 64"):
+        line("ledger", "verify", told.folder, "--coordinator-key", "00")
+    with pytest.raises(ConfigError, match="no run named 'other'"):
+        line("ledger", "verify", "other")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        line("ledger", "verify", told.folder, "--against", tmp_path / "nowhere")
+
+
+def test_a_proof_is_written_that_its_reader_will_accept(line: Line, made: Federation, tmp_path: Path) -> None:
+    code, said = line("ledger", "prove", made.run_folder, 2, "north")
+    path = tmp_path / f"proof-{RUN}-2-north.json"
+    assert (code, said[1]) == (0, f"written: {path.name}")
+    done = offline(path, "--coordinator-key", made.key.public)
+    assert done.stdout == f"{said[0]}\n"
+    assert said[2].endswith(f"{path.name} --coordinator-key {made.key.public}")
+    with pytest.raises(ConfigError, match="no version 9"):
+        line("ledger", "prove", made.run_folder, 9, "north")
+    with pytest.raises(RunError, match="could not be written: No such file"):
+        line("ledger", "prove", made.run_folder, 2, "north", "--out", tmp_path / "nowhere" / "p.json")
+    lines = made.read()
+    head = next(i for i, one in enumerate(lines) if b'"version":2' in one and one.startswith(b'{"head"'))
+    other = replace(heads.head_from(json.loads(lines[head])["head"]), signature="00" * 64)
+    made.write([*lines[:head], heads.line_of(other)])
+    with pytest.raises(RunError, match=r"proves nothing: the head's signature is wrong; see `raypipe ledger verify"):
+        line("ledger", "prove", made.run_folder, 2, "north")
+
+
+def test_keys_are_enrolled_and_revoked_by_hand(line: Line, made: Federation, tmp_path: Path) -> None:
+    north, south = made.keys["north"].public, made.keys["south"].public
+    path = tmp_path / "home" / "roster.json"
+    assert line("ledger", "enroll", "north", north)[1] == [
+        f"store north is enrolled with {north} (fingerprint {fingerprint(north)})",
+        f"roster: {path}",
+    ]
+    assert "already" in line("ledger", "enroll", "north", north)[1][0]
+    assert f"; revoked: {north}" in line("ledger", "enroll", "north", south)[1][0]
+    assert load_roster(path).key_of("north") == south
+    assert line("ledger", "revoke", "north")[0] == 0
+    assert load_roster(path).key_of("north") is None
+    assert [e.key for e in load_roster(path).enrolments] == [north, south]
+    with pytest.raises(ConfigError, match="store north has no key that stands"):
+        line("ledger", "revoke", "north")
+    with pytest.raises(ConfigError, match="64 lower-case hex digits"):
+        line("ledger", "enroll", "north", "no key")
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=r"the roster .* is damaged"):
+        line("ledger", "enroll", "north", north)
+    assert path.read_text() == "{"
+
+
+def test_two_who_change_the_roster_at_once_both_have_their_way(tmp_path: Path, made: Federation) -> None:
+    path, key = tmp_path / "home" / "roster.json", made.key.public
+    names = [f"store-{number}" for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: change_roster(path, lambda roster: enroll(roster, name, key, 1.0)), names))
+    assert sorted(e.store for e in load_roster(path).enrolments) == sorted(names)
+
+
+def test_evidence_is_written_from_the_command_line(line: Line, made: Federation, tmp_path: Path) -> None:
+    code, said = line("evidence", made.run_folder, "--against", made.heads_of("north"))
+    assert (code, said[1]) == (0, "written: evidence-run.html")
+    assert "the ledger holds" in (tmp_path / "evidence-run.html").read_text()
+    made.write([*made.read()[:4], *made.read()[5:]])
+    code, said = line("evidence", made.run_folder, "--out", tmp_path / "page.html")
+    assert code == 1
+    assert said[0].startswith("the ledger does NOT hold")
+    assert "the ledger does NOT hold" in (tmp_path / "page.html").read_text()
+
+
+def test_what_is_printed_cannot_drive_the_terminal(line: Line, made: Federation) -> None:
+    ledger = Ledger(made.run_folder, made.key, RUN)
+    ledger.append(entries.Store("evil\x1b[2J\n", made.key.public), at=1.0)
+    ledger.append(entries.Store("evil\x1b[2J\n", made.keys["north"].public), at=1.0)
+    ledger.seal(at=1.0)
+    ledger.close()
+    said = line("ledger", "verify", made.run_folder)[1]
+    assert "store evil\\x1b[2J\\n comes with another key" in said[0]
+    assert all(one.isprintable() for one in said)

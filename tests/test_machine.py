@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import json
 import math
 import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.machine import WARM_UP_S, Coordinator
 from raypipe.coordinator.policy import Policy, pace
+from raypipe.coordinator.state import Memory
 
 
 def machine(policy: Policy, stores: int = 3) -> Coordinator:
     names = [f"s{i}" for i in range(stores)]
-    return Coordinator(policy, names, metric="accuracy", chance=random.Random(0), start_at=0.0)
+    return Coordinator(policy, names, metric="accuracy", chance=random.Random, start_at=0.0)
 
 
 def join_all(m: Coordinator, at: float = 0.0) -> list[do.Action]:
@@ -244,15 +247,32 @@ def test_patience_ends_a_run_at_its_best_version() -> None:
 # -- random histories --------------------------------------------------------------------------------------
 
 
+class Crash(Exception):
+    """The coordinator died."""
+
+
+def remembered(machine: Coordinator) -> str:
+    """A checkpoint as it is on the disk."""
+    return json.dumps(asdict(machine.memory()), default=sorted)
+
+
 class World:
     """A shell under a virtual clock: performs actions with the troubles that a seed gives, checks every step."""
 
-    def __init__(self, policy: Policy, stores: int, seed: int, healthy: int) -> None:
+    def __init__(
+        self, policy: Policy, stores: int, seed: int, healthy: int, crashes: frozenset[int] = frozenset()
+    ) -> None:
+        """`crashes`: writes after which the coordinator dies, counted from 1."""
         self.chance = random.Random(seed)
+        self.policy, self.crashes, self.writes, self.epoch = policy, crashes, 0, 1
+        self.made: dict[str, int] = {}  # ticket -> version, by the record
+        self.outbox: dict[str, dict[str, ev.Event]] = {}  # store -> ticket -> its report; on the store's disk
+        self.told: dict[str, int | None] = {}  # ticket -> what its store was told
         self.names = [f"s{i}" for i in range(stores)]
         self.healthy = set(self.names[:healthy])
         self.speed = {s: self.chance.choice([0.5, 1.0, 5.0]) for s in self.names}
-        self.machine = Coordinator(policy, self.names, metric="accuracy", chance=self.chance, start_at=0.0)
+        self.machine = self.new_machine()
+        self.memory, self.since = remembered(self.machine), list[ev.Event]()
         self.queue: list[tuple[float, int, ev.Event]] = []
         self.count = itertools.count()
         self.at = 0.0
@@ -264,6 +284,39 @@ class World:
         for store in self.names:
             if store in self.healthy or self.chance.random() < 0.8:
                 self.later(ev.StoreJoined(store, self.chance.randint(1, 500), self.chance.uniform(0, 3)))
+
+    def new_machine(self) -> Coordinator:
+        return Coordinator(self.policy, self.names, metric="accuracy", chance=random.Random, start_at=0.0)
+
+    def wrote(self) -> None:
+        """A write came to the disk; the coordinator may die now."""
+        self.writes += 1
+        if self.writes in self.crashes:
+            raise Crash
+
+    def come_back(self) -> None:
+        """A new machine of what was written; everything in flight is gone, the stores come back, most of them."""
+        before, self.machine = self.machine, self.new_machine()
+        self.machine.recall(TypeAdapter(Memory).validate_python(json.loads(self.memory)))
+        for event in self.since:
+            self.machine.handle(event)
+        m = self.machine
+        if m.publishing is not None and m.publishing.version == len(self.versions):
+            m.handle(ev.Published(m.publishing.version, self.at))
+        assert m.version == len(self.versions)
+        self.epoch += 1
+        self.queue, self.present = [], set()
+        self.folded = Counter(dict.fromkeys(self.made, 1))
+        actions: list[do.Action] = [do.Keep(version) for version in m.unkept]
+        actions += m.handle(ev.Resumed(self.epoch, 10.0, self.at))
+        for store in self.names:
+            known = before.members.get(store)
+            if store in self.healthy or (known and known.present and not self.trouble(store, 0.3)):
+                at = self.at + self.chance.uniform(0, 8)
+                self.later(ev.StoreJoined(store, 50, at, tuple(self.outbox.get(store, {}))))
+        self.memory, self.since = remembered(m), []
+        for action in actions:
+            self.perform(action)
 
     def later(self, event: ev.Event) -> None:
         heapq.heappush(self.queue, (event.at, next(self.count), event))
@@ -278,15 +331,22 @@ class World:
                 m = self.machine
                 assert m.members[action.store].present
                 assert not m.members[action.store].aside
-                assert action.version == m.version
-                assert m.publishing is None
+                again = action.ticket in self.asked or self.epoch > 1  # noted, but not done before the coordinator died
+                assert again or action.version == m.version
+                assert again or m.publishing is None
                 assert action.store in self.present
                 self.asked[action.ticket] = action
+                assert action.ticket not in self.made, "asked for what is in a version already"
+                if action.ticket in self.outbox.get(action.store, {}):
+                    self.later(replace(self.outbox[action.store][action.ticket], at=at + 0.01))
+                    return
                 done = at + (action.budget_s or chance.uniform(0.5, 2) * self.speed[action.store])
                 if self.trouble(action.store, 0.1):
                     self.later(ev.TrainingFailed(action.ticket, "crashed", done))
                 elif not self.trouble(action.store, 0.1):  # else it hangs
-                    self.later(replace(trained(action.ticket, done), num_train=chance.randint(1, 500)))
+                    report = replace(trained(action.ticket, done), num_train=chance.randint(1, 500))
+                    self.later(report)
+                    self.outbox.setdefault(action.store, {})[action.ticket] = report
                 if self.trouble(action.store, 0.05):
                     self.later(ev.StoreLeft(action.store, "gone", at + chance.uniform(0, 3)))
                     self.later(ev.StoreJoined(action.store, 50, at + chance.uniform(3, 30)))
@@ -307,16 +367,23 @@ class World:
                 self.later(ev.Folded(good, bad, at + 0.01))
             case do.Publish(version=version, contributions=contributions):
                 assert version == len(self.versions) + 1
-                self.versions.append(version)
                 assert contributions
+                assert not any(c.ticket in self.made for c in contributions), "an update in two versions"
                 assert sum(c.share for c in contributions) == pytest.approx(1.0)
                 assert all(self.folded[c.ticket] == 1 and c.staleness >= 0 for c in contributions)
                 assert all(0 <= c.staleness <= version - 1 - c.base for c in contributions)
+                self.versions.append(version)
+                self.made |= {c.ticket: version for c in contributions}
                 self.later(ev.Published(version, at + 0.05))
+                self.wrote()
             case do.Keep(version=version):
                 self.later(ev.Kept(version, at + chance.uniform(0, 2)))
-            case do.Settle(ticket=ticket):
+            case do.Settle(store=store, ticket=ticket, version=settled_in):
                 self.settled[ticket] += 1
+                said = settled_in if settled_in is not None else self.made.get(ticket)
+                assert said == self.made.get(ticket), "a store is told of a version that its update is not in"
+                assert self.told.setdefault(ticket, said) == said, "a store is told two things"
+                self.outbox.get(store, {}).pop(ticket, None)
             case do.Restart(store=store):
                 self.later(ev.StoreJoined(store, 50, at + 2))
             case do.Evaluate(version=version, store=store):
@@ -336,13 +403,23 @@ class World:
                 self.at, event = wake, ev.Tick(wake)
             if isinstance(event, ev.StoreJoined):
                 self.present.add(event.store)
+                event = replace(event, outbox=tuple(self.outbox.get(event.store, {})))
             elif isinstance(event, ev.StoreLeft):
                 self.present.discard(event.store)
-            for action in m.handle(event):
-                if isinstance(action, do.Restart):
-                    self.present.discard(action.store)
-                self.perform(action)
-            self.check()
+            try:
+                actions = m.handle(event)
+                self.since.append(event)
+                self.wrote()
+                if len(self.since) > 40:
+                    self.memory, self.since = remembered(m), []
+                for action in actions:
+                    if isinstance(action, do.Restart):
+                        self.present.discard(action.store)
+                    self.perform(action)
+                self.check()
+            except Crash:
+                self.come_back()
+                m = self.machine
             if m.finished:
                 return m
         raise AssertionError(f"not over after {limit} events at {self.at:.1f} s, version {m.version}: {m.tickets}")
@@ -350,6 +427,9 @@ class World:
     def check(self) -> None:
         m = self.machine
         training = [t for t in m.tickets.values() if t.phase == 1]
+        if self.crashes:
+            assert all(m.members[t.store].present for t in training)
+            return
         assert len({t.store for t in training}) == len(training), "two tickets in training at one store"
         in_time = [t for t in training if t.due_at > self.at]
         if m.policy.concurrency is not None:
@@ -414,3 +494,17 @@ def test_with_one_healthy_store_every_version_is_reached(policy: Policy, stores:
     world = World(policy, stores, seed, healthy=1)
     finished = world.run(limit=20_000)
     assert finished.version == policy.max_versions, finished.ending
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(policies, st.integers(2, 6), st.integers(0, 2**32), st.sets(st.integers(1, 120), min_size=1, max_size=6))
+def test_whatever_moment_the_coordinator_dies_each_update_counts_once(
+    policy: Policy, stores: int, seed: int, crashes: set[int]
+) -> None:
+    policy = replace(policy, quorum=1, max_seconds=None, target=None, patience=None, hung_s=5.0)
+    world = World(policy, stores, seed, healthy=1, crashes=frozenset(crashes))
+    finished = world.run(limit=30_000)
+    assert world.versions == list(range(1, len(world.versions) + 1))
+    assert finished.version == policy.max_versions == len(world.versions), finished.ending
+    acknowledged = {ticket for ticket, version in world.told.items() if version is not None}
+    assert acknowledged <= set(world.made)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +19,13 @@ import numpy as np
 import pytest
 from conftest import CLASSES, ROOT
 
+from raypipe.compose import compose
 from raypipe.config.schema import RunConfig
 from raypipe.coordinator.composition import Composition
 from raypipe.coordinator.loop import drive
 from raypipe.data.sample import load_sample
 from raypipe.data.stores import make_stores
-from raypipe.errors import RunError, StoreUnreachable
-from raypipe.run import compose
+from raypipe.errors import StoreUnreachable
 from raypipe.store import messages as msg
 from raypipe.store.safety import refusal
 from raypipe.store.site import Site
@@ -34,8 +38,11 @@ Spoil = Callable[[np.ndarray], np.ndarray]
 class SitePort:
     """A store in this process; `spoil` is what a lying one does to its update on the way out."""
 
-    def __init__(self, home: Path, spoil: Spoil | None = None) -> None:
+    def __init__(self, home: Path, spoil: Spoil | None = None, *, fresh: bool = True) -> None:
+        if fresh:
+            shutil.rmtree(home / "state", ignore_errors=True)  # of an earlier test's run of the same name
         self.site, self.spoil, self.store = Site(home), spoil, home.name
+        self.run, self.epoch = "run", 0
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
         try:
@@ -44,7 +51,7 @@ class SitePort:
             raise msg.refusal_error(refusal(error, self.store, method, self.site._log)) from None
 
     async def join(self) -> msg.Card:
-        return await self._ask("describe")
+        return await self._ask("describe", self.run, self.epoch)
 
     def waiting_for(self, waited_s: float) -> str:
         return "nothing"
@@ -53,14 +60,14 @@ class SitePort:
         return await self._ask("train", ticket, msg.expect(msg.Plan, plan), weights)
 
     async def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray:
-        update = await self._ask("collect", ticket, how)
+        update = await self._ask("collect", ticket, how, self.run, self.epoch)
         return self.spoil(update) if self.spoil else update
 
     async def evaluate(self, plan: bytes, weights: np.ndarray, split: str) -> msg.Evaluation:
-        return await self._ask("evaluate", msg.expect(msg.Plan, plan), weights, split)
+        return await self._ask("evaluate", msg.expect(msg.Plan, plan), weights, split, self.epoch)
 
     def settle(self, verdict: msg.Verdict) -> None:
-        self.site.settle(verdict)
+        self.site.settle(replace(verdict, run=self.run, epoch=self.epoch))
 
     def control(self, ticket: str, command: msg.Command) -> None:
         self.site.control(ticket, command)
@@ -97,8 +104,14 @@ def config(**changes: Any) -> dict[str, Any]:
     return RunConfig.model_validate(said).model_dump(mode="json")
 
 
-def run(said: dict[str, Any], home: Path, ports: dict[str, Any], puts: list[int] | None = None) -> Composition:
-    """A whole run in this process."""
+def run(
+    said: dict[str, Any],
+    home: Path,
+    ports: dict[str, Any],
+    puts: list[int] | None = None,
+    beside: Callable[[Composition], None] | None = None,
+) -> Composition:
+    """A whole run in this process; `beside` runs in a thread."""
 
     def put(vector: np.ndarray) -> np.ndarray:
         if puts is not None:
@@ -106,18 +119,24 @@ def run(said: dict[str, Any], home: Path, ports: dict[str, Any], puts: list[int]
         return vector.copy()
 
     made = compose(said, "run", home=str(home), put=put)
+    for port in ports.values():
+        port.epoch = made.epoch
 
     async def work() -> None:
-        made.shell.begin()
+        made.begin()
+        if beside is not None:
+            threading.Thread(target=beside, args=(made,), daemon=True).start()
         lane = asyncio.create_task(made.shell.run_lane())
         keeping = [asyncio.create_task(made.shell.keep(name, port, 1.0, 1.0)) for name, port in ports.items()]
-        running = asyncio.create_task(drive(made.machine, made.shell.perform, made.shell.inbox, made.shell.clock))
+        running = asyncio.create_task(
+            drive(made.machine, made.shell.perform, made.shell.inbox, made.shell.clock, made.shell.note, made.first)
+        )
         done, _ = await asyncio.wait({running, lane}, return_when=asyncio.FIRST_COMPLETED, timeout=60)
         for task in (lane, running, *keeping):
             task.cancel()
         for task in done:
             task.result()
-        assert running in done, "not over in 60 s"
+        assert running in done, f"not over in 60 s: {made.machine.memory()}"
 
     asyncio.run(work())
     return made
@@ -160,14 +179,12 @@ def test_weights_are_handed_out_once_a_version_and_let_go(stores: Path, tmp_path
     assert len(puts) == 5
     assert sorted(made.shell._handles) == [4]
     assert made.shell._updates == {}
-    assert all(port.site._outbox == {} for port in made.shell.ports.values()), "every ticket was settled"
+    assert all(port.site.describe("run").outbox == () for port in made.shell.ports.values()), "every ticket was settled"
 
 
 def test_a_store_whose_policy_forbids_the_task_is_set_aside_at_once_with_its_reason(
     stores: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     shutil.copytree(stores, tmp_path / "stores")
     policy = tmp_path / "stores" / "b" / "policy.yaml"
     policy.write_text(policy.read_text().replace("tasks: [classification]", "tasks: [detection]"))
@@ -201,21 +218,27 @@ def test_bytes_both_ways_are_counted(stores: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small filesystem: needs root")
-def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_was_published(stores: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_said_and_waited_for_and_nothing_is_lost(stores: Path, tmp_path: Path) -> None:
     home = tmp_path / "small"
     home.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "raypipe-test", str(home)], check=True)
     try:
-        said = config(
-            stop={"max_versions": 100}, track={"keep_last": 100, "mlflow": False}, model={"name": "small_cnn"}
-        )
-        with pytest.raises(RunError) as caught:
-            run(said, home, {n: SitePort(stores / n) for n in NAMES})
-        assert "No space left" in caught.value.message
-        assert "\n" not in caught.value.message
-        published = [v["version"] for v in records(home, "version_published")]
-        assert published == list(range(len(published)))
-        assert len(published) >= 2
+        said = config(stop={"max_versions": 8}, track={"keep_last": 100, "mlflow": False}, model={"name": "small_cnn"})
+        seen: list[str] = []
+
+        def make_room(made: Composition) -> None:
+            """Once it is said that there is none."""
+            while not (full := [line for line in made.board.lines if "it goes on when there is room" in line]):
+                time.sleep(0.1)
+            seen.extend(full)
+            subprocess.run(["mount", "-o", "remount,size=100m", str(home)], check=True)
+
+        made = run(said, home, {n: SitePort(stores / n) for n in NAMES}, beside=make_room)
+        assert "No space left" in seen[0]
+        assert "\n" not in seen[0]
+        assert made.machine.version == 8
+        assert [v["version"] for v in records(home, "version_published")] == list(range(9))
+        assert sorted(r["version"] for r in records(home, "weights_kept")) == list(range(9))
     finally:
         subprocess.run(["umount", "--lazy", str(home)], check=True)
 
@@ -274,10 +297,10 @@ def run_no_ops(said: dict[str, Any], home: Path, ports: dict[str, NoOp]) -> None
     made = compose(said, "run", home=str(home), put=lambda v: None)
 
     async def work() -> None:
-        made.shell.begin()
+        made.begin()
         lane = asyncio.create_task(made.shell.run_lane())
         keeping = [asyncio.create_task(made.shell.keep(n, p, 1.0, 1.0)) for n, p in ports.items()]
-        await drive(made.machine, made.shell.perform, made.shell.inbox, made.shell.clock)
+        await drive(made.machine, made.shell.perform, made.shell.inbox, made.shell.clock, made.shell.note, made.first)
         for task in (lane, *keeping):
             task.cancel()
 

@@ -5,15 +5,15 @@ Memory: weights + transform state + 2 update vectors (the sum's front and back),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from raypipe.aggregation.fold import Accumulator, Weighted
-from raypipe.aggregation.transforms import State, Transform, apply
-from raypipe.errors import UpdateRejected
+from raypipe.aggregation.transforms import Transform, apply
+from raypipe.errors import RunError, UpdateRejected
 from raypipe.types import Layout
 from raypipe.update.codec import decode_chain
 
@@ -44,9 +44,17 @@ class GlobalModel:
         return self._weights.numpy()
 
     @property
-    def state(self) -> State:
-        """The server transform's state."""
-        return self._state
+    def state(self) -> dict[str, np.ndarray]:
+        """The server transform's state, as it is after the newest version; changes with the next step."""
+        return {name: tensor.numpy() for name, tensor in self._state.items()}
+
+    def restore(self, weights: np.ndarray, state: Mapping[str, np.ndarray]) -> None:
+        """Be as after that version. Raises RunError when the state is not this transform's."""
+        if {k: v.shape for k, v in state.items()} != {k: tuple(v.shape) for k, v in self._state.items()}:
+            raise RunError("the saved state of the server's transform is another transform's")
+        self._weights.copy_(torch.from_numpy(weights))
+        for name, tensor in self._state.items():
+            tensor.copy_(torch.from_numpy(np.array(state[name])))
 
     def fold(self, portions: Sequence[tuple[np.ndarray, float, int | None]]) -> dict[int, str]:
         """Add encoded updates (array, weight, steps to normalise by) in order; index -> reason of those refused."""

@@ -55,7 +55,7 @@ class Coordinator:
         """The whole run; its summary. Raises RunError when it cannot begin or go on."""
         made = self._composition = await asyncio.to_thread(self._compose)
         shell = made.shell
-        await asyncio.to_thread(shell.begin)
+        await asyncio.to_thread(made.begin)
         if made.config.track.mlflow:
             folder, home = str(made.folder), str(made.home)
             self._follower = MlflowFollower.options(**_beside_me()).remote(folder, None, home, self._mlflow)
@@ -68,7 +68,8 @@ class Coordinator:
             self._phase = "waiting for stores"
             if self._stop_reason:
                 await self.stop(self._stop_reason)
-            await self._race(drive(made.machine, self._perform, shell.inbox, shell.clock), background[0])
+            running = drive(made.machine, self._perform, shell.inbox, shell.clock, shell.note, made.first)
+            await self._race(running, background[0])
             return await self._close(made)
         except Exception as error:
             await self._break_off(made, error)
@@ -209,7 +210,8 @@ def _beside_me() -> dict[str, Any]:
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
-CoordinatorActor: Any = ray.remote(num_cpus=0, max_restarts=0)(Coordinator)
+# A killed coordinator is started again by Ray, and so is `work`, which finds the run's folder and goes on from there.
+CoordinatorActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Coordinator)
 HEAD = {"node:__internal_head__": 0.001}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from raypipe.config.schema import RunConfig
+from raypipe.coordinator.actions import Action
 from raypipe.coordinator.board import Board
 from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.shell import Shell
@@ -30,6 +31,8 @@ class Composition:
     code: str
     kept: Callable[[], list[int]]  # versions whose weights are kept
     read: Callable[[int], np.ndarray]  # a kept version's flat vector
+    begin: Callable[[], None]  # the newest version durable and fetchable
+    first: list[Action]  # what is to be done before anything happens
 
     def ending(self, stop_reason: str) -> str:
         """Why the run ended, in a few words."""

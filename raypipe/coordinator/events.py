@@ -8,10 +8,20 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class StoreJoined:
-    """A store answered for the first time, or came back."""
+    """A store answered for the first time, or came back. `outbox`: tickets whose updates wait there."""
 
     store: str
     num_train: int
+    at: float
+    outbox: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The coordinator died and is back, with the state that its diary gives. Stores may take `grace_s` to return."""
+
+    epoch: int
+    grace_s: float
     at: float
 
 
@@ -91,6 +101,15 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The newest version's weights were lost with the machine, or damaged: the one before it is the newest again."""
+
+    version: int
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluated:
     """A store's (or the central evaluator's) judgement of a version: the metric and over how many images."""
 
@@ -127,6 +146,7 @@ class StopAsked:
 
 Event: TypeAlias = (
     StoreJoined
+    | Resumed
     | StoreLeft
     | StoreHung
     | Trained
@@ -135,6 +155,7 @@ Event: TypeAlias = (
     | Folded
     | Published
     | Kept
+    | Withdrawn
     | Evaluated
     | EvaluationFailed
     | Tick

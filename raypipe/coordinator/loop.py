@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from raypipe.coordinator.actions import Action, Cancel, Record, Settle
 from raypipe.coordinator.events import Event, Tick
@@ -16,8 +16,10 @@ async def drive(
     perform: Callable[[Action], Awaitable[Event | None]],
     inbox: asyncio.Queue[Event],
     clock: Callable[[], float],
+    note: Callable[[Event, list[Action]], Awaitable[None]],
+    first: Sequence[Action],
 ) -> None:
-    """Run the machine to its end.
+    """Run the machine to its end. What it is told and what it decides is noted before anything is done about it.
 
     Actions start in the order in which the machine names them. An effect that raises ends the run with that
     error. At the end what is in flight is cancelled, never waited for: a hung ticket has no end.
@@ -31,9 +33,14 @@ async def drive(
     said: list[asyncio.Task[None]] = []  # what the last step tells, which must be heard
     try:
         async with asyncio.TaskGroup() as group:
+            for action in first:
+                group.create_task(outcome(action))
             while not machine.finished:
                 said = []
-                for action in machine.handle(await _next(inbox, machine.wake_at(), clock)):
+                event = await _next(inbox, machine.wake_at(), clock)
+                actions = machine.handle(event)
+                await note(event, actions)
+                for action in actions:
                     task = group.create_task(outcome(action))
                     in_flight.add(task)
                     task.add_done_callback(in_flight.discard)

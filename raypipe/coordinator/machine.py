@@ -19,17 +19,20 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
+from dataclasses import fields
 
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.policy import Policy
-from raypipe.coordinator.state import Member, Phase, Scores, Ticket
+from raypipe.coordinator.state import Member, Memory, Phase, Scores, Ticket
 
 CLOSING_S = 30.0  # for the last judgement, before the run finishes without it
 STOPPED_S = 5.0  # the same when somebody wants the run to end now
 FIRST_S = 3600.0  # for a first ticket without a deadline: nothing is known of the store's speed
 WARM_UP_S = 60.0  # more patience until a store that joined has handed over once: it imports, builds and decodes
 AHEAD = 3  # updates at the head before their turn in store order
+AWAITED = (Phase.WAITING, Phase.TRAINING, Phase.COLLECTING)  # somebody else has to do something
 MAX_IN_ONE_SUM = 2  # a fast store's share of one buffer when slots are refilled on arrival
 
 
@@ -37,9 +40,17 @@ class Coordinator:
     """The machine of one run. Version 0 exists when it is made."""
 
     def __init__(
-        self, policy: Policy, stores: list[str], *, metric: str, chance: random.Random, start_at: float
+        self,
+        policy: Policy,
+        stores: list[str],
+        *,
+        metric: str,
+        chance: Callable[[int], random.Random],
+        start_at: float,
     ) -> None:
+        """`chance`: a version's own random numbers, so that there is no random state to be saved."""
         self.policy = policy
+        self.epoch = 1
         self.members = {store: Member(store) for store in sorted(stores)}
         self.tickets: dict[str, Ticket] = {}
         self.version = 0
@@ -54,11 +65,11 @@ class Coordinator:
         self.awaited: set[str] | None = None  # stores whose last judgement is awaited, once it was asked for
         self.finished = False
         self._chance = chance
-        self._issued = 0
-        self._central_busy = False
-        self._closing_s = CLOSING_S
-        self._empty_since: float | None = None
-        self._now = start_at
+        self.issued = self.places = 0
+        self.central_busy = False
+        self.closing_s = CLOSING_S
+        self.empty_since: float | None = None
+        self.now = start_at
 
     # -- the only way in ------------------------------------------------------------------------------------
 
@@ -66,11 +77,13 @@ class Coordinator:
         """Take an event, change state, say what is to be done."""
         if self.finished:
             return []
-        self._now = at = max(self._now, event.at)
+        self.now = at = max(self.now, event.at)
         actions: list[do.Action] = []
         match event:
             case ev.StoreJoined():
                 actions += self._joined(event, at)
+            case ev.Resumed():
+                self._resumed(event, at)
             case ev.StoreLeft(store=store, reason=reason):
                 actions += self._left(store, reason)
             case ev.StoreHung(store=store, reason=reason):
@@ -86,7 +99,11 @@ class Coordinator:
             case ev.Published():
                 actions += self._published(event)
             case ev.Kept(version=version):
-                actions += [do.Settle(c.store, c.ticket, version) for c in self.unkept.pop(version, ())]
+                kept = self.unkept.pop(version, ())
+                self._forget(kept)
+                actions += [do.Settle(c.store, c.ticket, version) for c in kept]
+            case ev.Withdrawn(version=version, reason=reason):
+                actions += self._withdrawn(version, reason)
             case ev.Evaluated():
                 self.scores.add(event.version, event.store, event.metrics, event.num_examples)
                 self._heard(event.version, event.store)
@@ -94,7 +111,7 @@ class Coordinator:
             case ev.EvaluationFailed():
                 self._heard(event.version, event.store)
             case ev.StopAsked(reason=reason):
-                self._closing_s = STOPPED_S
+                self.closing_s = STOPPED_S
                 actions += self._end(reason, at)
             case ev.Tick():
                 pass
@@ -110,33 +127,82 @@ class Coordinator:
 
     def wake_at(self) -> float:
         """When the next Tick is needed, in seconds of the shell's clock; inf when only an event can help."""
-        pending = [t for t in self.tickets.values() if t.phase in (Phase.TRAINING, Phase.COLLECTING)]
+        pending = [t for t in self.tickets.values() if t.phase in AWAITED]
         times = [t.due_at for t in pending] + [t.hung_at for t in pending]
-        times += [m.retry_at for m in self.members.values() if m.present and not m.aside and m.retry_at > self._now]
+        times += [m.returning for m in self.members.values()]
+        times += [m.retry_at for m in self.members.values() if m.present and not m.aside and m.retry_at > self.now]
         if self.started_at is None:
             times.append(self.created_at + self.policy.join_s)
         elif self.policy.max_seconds is not None and self.ending is None:
             limit = self.started_at + self.policy.max_seconds
             times += [limit, limit + 0.5 * (self.policy.budget_s or 0.0)]
-        if self._empty_since is not None:
-            times.append(self._empty_since + self.policy.join_s)
+        if self.empty_since is not None:
+            times.append(self.empty_since + self.policy.join_s)
         if self.ending is not None:
-            times.append(self.ending[1] + self._closing_s)
-        return min((t for t in times if t > self._now), default=math.inf)
+            times.append(self.ending[1] + self.closing_s)
+        return min((t for t in times if t > self.now), default=math.inf)
+
+    def memory(self) -> Memory:
+        """All that it remembers; see `recall`."""
+        return Memory(**{f.name: getattr(self, f.name) for f in fields(Memory)})
+
+    def recall(self, memory: Memory) -> None:
+        """Be as that machine was, under the same policy."""
+        for f in fields(Memory):
+            setattr(self, f.name, getattr(memory, f.name))
 
     # -- stores ---------------------------------------------------------------------------------------------
 
     def _joined(self, event: ev.StoreJoined, at: float) -> list[do.Action]:
         member = self.members.setdefault(event.store, Member(event.store))
-        if not member.restarting:  # it came back from outside: a new chance
+        if not member.restarting and member.returning <= at:  # it came back from outside: a new chance
             member.aside, member.failures, member.retry_at = "", 0, at
-        member.present, member.restarting, member.warm = True, False, False
+        member.present, member.restarting, member.warm, member.returning = True, False, False, -math.inf
         member.num_train = event.num_train
-        return []
+        mine = [t for t in self.tickets.values() if t.store == event.store]
+        forgotten = [ticket for ticket in event.outbox if ticket not in self.tickets]
+        actions: list[do.Action] = [do.Settle(event.store, ticket, None, "it was settled") for ticket in forgotten]
+        for ticket in [t for t in mine if t.phase is Phase.WAITING]:
+            if self.ending is None and not member.aside:
+                self._await(ticket, at)  # of a finished one the store has the update still: it gives the same report
+                actions.append(ticket.asked)
+            else:
+                del self.tickets[ticket.id]
+                actions.append(do.Settle(event.store, ticket.id, None, member.aside or "the run ended"))
+        return actions
+
+    def _resumed(self, event: ev.Resumed, at: float) -> None:
+        """Everything in flight is asked for again when its store is back; the open sum begins anew."""
+        self.epoch, until = event.epoch, at + event.grace_s
+        for member in self.members.values():
+            member.returning = until if member.present else -math.inf
+            member.present = member.restarting = False
+        done = {c.ticket for made in self.unkept.values() for c in made}
+        for ticket in self.tickets.values():
+            if ticket.id not in done:
+                ticket.phase, ticket.hung_at = Phase.WAITING, until
+        self.created_at = self.created_at if self.started_at is not None else at
+        self.publishing, self.awaited = None, None
+        self.central_busy, self.empty_since = False, None
+
+    def _withdrawn(self, version: int, reason: str) -> list[do.Action]:
+        """The newest version's weights are lost: it is made again, of what still can be had."""
+        gone = [t for t in self.tickets.values() if t.base >= version]
+        self.version, self.picked, self.cohort = version - 1, None, []
+        for ticket in gone:
+            del self.tickets[ticket.id]
+        for contribution in self.unkept.pop(version, ()):
+            ticket = self.tickets[contribution.ticket]
+            ticket.phase, ticket.hung_at = Phase.WAITING, max(self.now, *(m.returning for m in self.members.values()))
+        self.scores.withdraw(version)
+        return [do.Settle(t.store, t.id, None, reason) for t in gone]
 
     def _left(self, store: str, reason: str) -> list[do.Action]:
         member = self.members.get(store)
-        if member is None or not member.present:
+        if member is None:
+            return []
+        member.returning = -math.inf
+        if not member.present:
             return []
         member.present = False
         self.cohort = [s for s in self.cohort if s != store]
@@ -197,10 +263,14 @@ class Coordinator:
             return
         ticket.phase, ticket.num_bytes = Phase.ARRIVED, event.num_bytes
         member = self.members[ticket.store]
-        member.warm, member.last_s = True, event.at - ticket.issued_at
+        member.warm = True
+        if not ticket.again:
+            member.last_s = event.at - ticket.issued_at
+            member.overhead_s = max(0.0, member.last_s - ticket.seconds)
         base, times = member.handed_over
-        member.handed_over = (ticket.base, times + 1 if base == ticket.base else 1)
-        member.overhead_s = max(0.0, member.last_s - ticket.seconds)
+        if not ticket.arrived:  # a second time after the coordinator died
+            member.handed_over = (ticket.base, times + 1 if base == ticket.base else 1)
+        ticket.arrived = True
 
     def _failed(self, event: ev.TrainingFailed, at: float) -> list[do.Action]:
         ticket = self.tickets.get(event.ticket)
@@ -231,16 +301,20 @@ class Coordinator:
         for ticket_id in event.tickets:
             ticket = self.tickets.get(ticket_id)
             if ticket is not None and ticket.phase is Phase.FOLDING:
-                ticket.phase = Phase.FOLDED
+                self.places += 1
+                ticket.phase, ticket.place = Phase.FOLDED, self.places
                 self.members[ticket.store].failures = 0
         return actions
 
     def _expire(self, at: float) -> list[do.Action]:
         """Restart stores that are long past their due time."""
         actions: list[do.Action] = []
-        for ticket in [
-            t for t in self.tickets.values() if t.phase in (Phase.TRAINING, Phase.COLLECTING) and t.hung_at <= at
-        ]:
+        for ticket in [t for t in self.tickets.values() if t.phase in AWAITED and t.hung_at <= at]:
+            if ticket.phase is Phase.WAITING:
+                del self.tickets[ticket.id]
+                body = {"store": ticket.store, "ticket": ticket.id, "reason": "its store did not come back"}
+                actions.append(do.Record("ticket_failed", body))
+                continue
             waited = at - ticket.issued_at
             actions += self._restart(ticket.store, f"no result after {waited:.0f} s; restarted", at)
         return actions
@@ -276,7 +350,7 @@ class Coordinator:
         newest = self.version + (self.publishing is not None)
         ticket.staleness = newest - ticket.base
         trust = policy.weigh_staleness(ticket.staleness)
-        there = sum(m.present for m in self.members.values())
+        there = sum(m.present or m.returning > self.now for m in self.members.values())
         in_flight = min(policy.concurrency or there, there)
         limit = policy.stale_limit * max(1.0, in_flight / (policy.buffer_size or max(1, in_flight)))
         if ticket.staleness > limit:
@@ -291,17 +365,16 @@ class Coordinator:
         summed = self._in_sum()
         if not self._due() or any(t.phase is Phase.FOLDING for t in summed):
             return []
-        if self.policy.in_order:
-            summed.sort(key=lambda t: t.store)
+        summed.sort(key=lambda t: t.place)
         total = math.fsum(t.weight for t in summed)
-        there = max(1, sum(m.present and not m.aside for m in self.members.values()))
+        there = max(1, sum(m.counts(self.now) for m in self.members.values()))
         contributions = tuple(_contribution(t, total) for t in summed)
         stores = len({t.store for t in summed})
         self.publishing = do.Publish(
             self.version + 1, contributions, math.fsum(t.worth for t in summed), min(1.0, stores / there)
         )
         for ticket in summed:
-            del self.tickets[ticket.id]
+            ticket.phase = Phase.PUBLISHED
         return [self.publishing]
 
     def _published(self, event: ev.Published) -> list[do.Action]:
@@ -326,7 +399,7 @@ class Coordinator:
             coming |= {t.store for t in self.tickets.values() if t.phase is Phase.ARRIVED}
         if self.policy.refill == "on_publish" and self.picked == self.version:
             return coming | set(self._startable())
-        return coming | set(self._free())
+        return coming | set(self._free()) | self._returning()
 
     # -- giving out work ------------------------------------------------------------------------------------
 
@@ -334,6 +407,8 @@ class Coordinator:
         if self.ending is not None or self.publishing is not None or not self._started(at):
             return []
         if self._due():  # a version is about to be made: a ticket now would be one behind
+            return []
+        if self.policy.settle_first and self.unkept:
             return []
         actions: list[do.Action] = []
         for store in self._candidates():
@@ -355,7 +430,9 @@ class Coordinator:
         nothing_open = not self._in_sum() and not self._expected()
         if self.picked != self.version or nothing_open:
             self.picked, size = self.version, self.policy.cohort
-            self.cohort = free if size is None or size >= len(free) else sorted(self._chance.sample(free, size))
+            able = sorted({*free, *self._returning()})
+            chance = self._chance(self.version)
+            self.cohort = able if size is None or size >= len(able) else sorted(chance.sample(able, size))
         ready = sorted(s for s in self.cohort if s in free)
         if self.policy.in_order:  # so that each is folded while the next ones train
             return ready
@@ -363,7 +440,7 @@ class Coordinator:
 
     def _issue(self, member: Member, at: float) -> do.Train:
         policy = self.policy
-        self._issued += 1
+        self.issued += 1
         budget, steps = policy.budget_s, None
         if budget is None and policy.deadline_s is not None:  # what the store can do in time, by its own measure
             budget = max(0.2 * policy.deadline_s, policy.deadline_s - 1.5 * member.overhead_s)
@@ -374,23 +451,23 @@ class Coordinator:
         warm_up = 0.0 if member.warm else WARM_UP_S
         patience = due if math.isfinite(due) else 10 * (member.last_s or self._slowest() or FIRST_S / 10)
         progress = self.progress(at)
-        ticket = Ticket(
-            f"{self.version}.{self._issued}.{member.id}",
-            member.id,
-            self.version,
-            at,
-            at + due,
-            at + patience + policy.hung_s + warm_up,
-        )
-        self.tickets[ticket.id] = ticket
-        self.cohort = [s for s in self.cohort if s != member.id]
-        evaluate = self.version % policy.evaluate_every == 0 and member.id not in self.scores.judged.get(
-            self.version, {}
-        )
-        member.issued, member.last_issued_at = member.issued + 1, at
+        judged = self.scores.judged.get(self.version, {})
+        evaluate = self.version % policy.evaluate_every == 0 and member.id not in judged
         base, times = member.handed_over
         repeat = times if base == self.version else 0
-        return do.Train(ticket.id, member.id, self.version, (progress, progress), budget, steps, evaluate, repeat)
+        name = f"{self.version}.{self.epoch}-{self.issued}.{member.id}"
+        train = do.Train(name, member.id, self.version, (progress, progress), budget, steps, evaluate, repeat)
+        hung_at = at + patience + policy.hung_s + warm_up
+        self.tickets[name] = Ticket(name, member.id, self.version, train, at, at + due, hung_at)
+        self.cohort = [s for s in self.cohort if s != member.id]
+        member.issued, member.last_issued_at = member.issued + 1, at
+        return train
+
+    def _await(self, ticket: Ticket, at: float) -> None:
+        """It is asked for again: it has as long as it had at first, and the store's start."""
+        due, hung = ticket.due_at - ticket.issued_at, FIRST_S if math.isinf(ticket.due_at) else 0.0
+        ticket.phase, ticket.issued_at, ticket.again = Phase.TRAINING, at, True
+        ticket.due_at, ticket.hung_at = at + due, at + (hung or due) + self.policy.hung_s + WARM_UP_S
 
     def _slowest(self) -> float:
         """The longest newest ticket of any store, in seconds; 0 before the first."""
@@ -407,20 +484,20 @@ class Coordinator:
 
     def _judge_centrally(self) -> list[do.Action]:
         central = self.scores.central
-        if central is None or self._central_busy or self.version % self.policy.evaluate_every:
+        if central is None or self.central_busy or self.version % self.policy.evaluate_every:
             return []
-        self._central_busy = True
+        self.central_busy = True
         return [do.Evaluate(self.version, central)]
 
     def _heard(self, version: int, store: str) -> None:
         if store == self.scores.central:
-            self._central_busy = False
+            self.central_busy = False
         if self.awaited is not None and version == self.version:
             self.awaited.discard(store)
 
     def _close_scores(self) -> list[do.Action]:
         """Score versions that all who judge have judged, and those two behind the newest."""
-        there = {s for s, m in self.members.items() if m.present and not m.aside}
+        there = {s for s, m in self.members.items() if m.counts(self.now)}
         judges = there if self.scores.central is None else {self.scores.central}
         actions: list[do.Action] = []
         for version in sorted(v for v in self.scores.judged if v not in self.scores.closed):
@@ -445,11 +522,13 @@ class Coordinator:
         if self.ending is None or self.publishing is not None:
             return actions
         reason, since = self.ending
+        if self.awaited is None and any(m.returning > at for m in self.members.values()):
+            return actions
         if self.awaited is None:
             actions += self._judge_last()
         if self.unkept:
             return actions
-        if not self.awaited or at >= since + self._closing_s:
+        if not self.awaited or at >= since + self.closing_s:
             for version in sorted(set(self.scores.judged) - self.scores.closed):
                 actions += self._score(version)
             self.finished = True
@@ -464,9 +543,9 @@ class Coordinator:
         if self.scores.central is not None:
             there = [self.scores.central]
         done = self.scores.judged.get(self.version, {})
-        self._central_busy = False
+        self.central_busy = False
         self.awaited = {s for s in there if s not in done} if self.started_at is not None else set()
-        self.tickets = {}
+        self.tickets = {t.id: t for t in self.tickets.values() if t.phase is Phase.PUBLISHED}
         return [do.Evaluate(self.version, s) for s in sorted(self.awaited)]
 
     def _reason_to_end(self, at: float) -> str:
@@ -485,21 +564,22 @@ class Coordinator:
             return f"no better version in {policy.patience}"
         if self.members and all(m.aside for m in self.members.values()):
             return "every store is set aside"
-        if self._empty_since is not None and at >= self._empty_since + policy.join_s:
+        if self.empty_since is not None and at >= self.empty_since + policy.join_s:
             return f"no store was left for {policy.join_s:.0f} s"
         return ""
 
     def _note_emptiness(self, at: float) -> None:
         """Since when no store can be given work; whoever comes back in time ends it."""
-        usable = any(m.present and not m.aside for m in self.members.values())
-        self._empty_since = None if usable or self.started_at is None else (self._empty_since or at)
+        usable = any(m.counts(at) for m in self.members.values())
+        self.empty_since = None if usable or self.started_at is None else (self.empty_since or at)
 
     def _end(self, reason: str, at: float) -> list[do.Action]:
         if self.ending is not None:
             return []
         self.ending = (reason, at)
         cancels: list[do.Action] = [do.Cancel(t.store, t.id) for t in self._training()]
-        return cancels + [do.Settle(t.store, t.id, None, "the run ended") for t in self.tickets.values()]
+        open_ones = [t for t in self.tickets.values() if t.phase is not Phase.PUBLISHED]
+        return cancels + [do.Settle(t.store, t.id, None, "the run ended") for t in open_ones]
 
     # -- derived --------------------------------------------------------------------------------------------
 
@@ -507,27 +587,37 @@ class Coordinator:
         return [t for t in self.tickets.values() if t.phase is Phase.TRAINING]
 
     def _late(self, ticket: Ticket) -> bool:
-        return ticket.due_at <= self._now
+        return ticket.due_at <= self.now and ticket.phase is not Phase.WAITING
+
+    def _forget(self, contributions: tuple[do.Contribution, ...]) -> None:
+        for contribution in contributions:
+            self.tickets.pop(contribution.ticket, None)
 
     def _free(self) -> list[str]:
         """Stores that may be given work now."""
         handing_over = Phase.COLLECTING if self.policy.refill == "on_arrival" else Phase.TRAINING
         busy = {t.store for t in self.tickets.values() if t.phase <= handing_over}
-        return [s for s, m in self.members.items() if m.available(self._now) and s not in busy]
+        return [s for s, m in self.members.items() if m.available(self.now) and s not in busy]
 
     def _slots_taken(self) -> int:
         return sum(not self._late(t) for t in self._training())
 
     def _in_sum(self) -> list[Ticket]:
-        return [t for t in self.tickets.values() if t.phase >= Phase.FOLDING]
+        return [t for t in self.tickets.values() if t.phase in (Phase.FOLDING, Phase.FOLDED)]
+
+    def _returning(self) -> set[str]:
+        """Stores that were there when the coordinator died, hold no ticket and may come back in time."""
+        held = {t.store for t in self.tickets.values() if t.phase <= Phase.TRAINING}
+        return {s for s, m in self.members.items() if m.returning > self.now and not m.aside and s not in held}
 
     def _startable(self) -> list[str]:
         """Members of the open cohort that wait for a slot or for the end of their back-off."""
-        return [s for s in self.cohort if self.members[s].present and not self.members[s].aside]
+        return [s for s in self.cohort if self.members[s].counts(self.now)]
 
     def _sated(self, store: str) -> bool:
         """With slots refilled on arrival, a store that is in the open sum twice waits for the version."""
-        return sum(t.store == store for t in self.tickets.values() if t.phase > Phase.TRAINING) >= MAX_IN_ONE_SUM
+        held = [t for t in self.tickets.values() if Phase.TRAINING < t.phase < Phase.PUBLISHED]
+        return sum(t.store == store for t in held) >= MAX_IN_ONE_SUM
 
 
 def _contribution(ticket: Ticket, total: float) -> do.Contribution:

@@ -33,6 +33,7 @@ class Policy:
     weigh: Literal["examples", "steps", "equal"] = "examples"
     normalise: Literal["sum", "k"] = "sum"
     in_order: bool = False  # fold in store order: bits repeat
+    settle_first: bool = False  # stores keep a state from ticket to ticket: it is committed before the next begins
     stale_limit: float = 10.0
     stale_action: Literal["floor", "drop"] = "floor"
     floor_weight: float = 0.05

@@ -4,18 +4,19 @@ Arithmetic and the record share one lane, a thread that does one thing at a time
 named it: so a sum never sees an update twice, and the journal reads in the order in which things became true. Folds
 that wait together are folded together, block by block.
 
-A version is a fact when its record (number, parent, hash, contributions) is on the disk; then it is announced. Its
-weights follow to the disk beside the training of the next version, and only then are its updates settled: until
-then the stores' outboxes hold all that the version was made of.
+A version is a fact when its record (number, parent, hash, contributions) is on the disk and its weights would
+outlive this process; then it is announced. That its weights outlive the machine too takes longer, and is had beside
+the training of the next version; only then are its updates settled: until then they wait in the stores' outboxes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, Protocol, TypeAlias
 
@@ -24,7 +25,9 @@ import numpy as np
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.board import Board
-from raypipe.errors import ConfigError, StoreError, StoreRefused
+from raypipe.coordinator.diary import Diary
+from raypipe.coordinator.state import Memory
+from raypipe.errors import ConfigError, RunError, StoreError, StoreRefused, StoreSuperseded
 from raypipe.store import messages as msg
 from raypipe.store.seeds import ticket_seed
 from raypipe.tasks.metrics import metrics
@@ -33,6 +36,8 @@ from raypipe.types import Layout
 UNJUDGED = 64  # versions back to which a judgement may still come
 MAX_RETRY_S = 300.0  # between two tries to have a store in
 PATIENCE_S = 20.0  # before a store that does not come is spoken of
+ROOM_S = 2.0  # between two looks whether a full disk has room
+ROOM_BYTES = 4 << 20
 Handle: TypeAlias = Any  # a version's weights as stores can fetch them
 
 
@@ -58,6 +63,8 @@ class Model(Protocol):
     @property
     def vector(self) -> np.ndarray: ...
     def fold(self, portions: Sequence[tuple[np.ndarray, float, int | None]]) -> dict[int, str]: ...
+    @property
+    def state(self) -> Mapping[str, np.ndarray]: ...
     def step(self, full_weight: float, statistic_mix: float) -> float: ...
 
 
@@ -66,8 +73,12 @@ class Book(Protocol):
 
     def record(self, kind: str, body: Mapping[str, Any]) -> None: ...
     def hash(self, vector: np.ndarray) -> str: ...
-    def keep(self, version: int, vector: np.ndarray, layout: Layout) -> None: ...
+    def write(self, version: int, vector: np.ndarray, layout: Layout, state: Mapping[str, np.ndarray]) -> None: ...
+    def keep(self, version: int) -> None: ...
+    def read(self, version: int, layout: Layout) -> np.ndarray: ...
+    def folded_into(self, ticket: str) -> int | None: ...
     def prune(self, in_use: frozenset[int], best: int | None) -> None: ...
+    def room(self) -> int: ...
 
 
 class Shell:
@@ -85,6 +96,8 @@ class Shell:
         max_steps: int | None,
         model: Model,
         book: Book,
+        diary: Diary,
+        memory: Callable[[], Memory],
         board: Board,
         put: Callable[[np.ndarray], Handle],
         clock: Callable[[], float],
@@ -93,6 +106,7 @@ class Shell:
         self.inbox: asyncio.Queue[ev.Event] = asyncio.Queue()
         self.ports: dict[str, Port] = {}
         self.model, self.book, self.board, self.put = model, book, board, put
+        self.diary, self.memory = diary, memory
         self.clock, self.wall = clock, wall
         self.plan = msg.encode(plan)
         self._run, self._seed, self._epoch, self._how = run, seed, epoch, how
@@ -107,12 +121,18 @@ class Shell:
         self._arithmetic = ThreadPoolExecutor(1, thread_name_prefix="arithmetic")
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
-        self._writing: Future[None] | None = None  # reads the newest version's vector, which must not move meanwhile
         self._bytes_down = self._bytes_total = 0
         self._started = self._published = wall()
 
     async def perform(self, action: do.Action) -> ev.Event | None:
-        """The effect of an action; None where nothing is answered."""
+        """The effect of an action; None where nothing is answered. Raises RunError when another coordinator has taken
+        the run over."""
+        try:
+            return await self._performed(action)
+        except StoreSuperseded as error:
+            raise RunError(f"another coordinator has taken this run over: {error.message}") from None
+
+    async def _performed(self, action: do.Action) -> ev.Event | None:
         match action:
             case do.Train():
                 return await self._train(action)
@@ -127,7 +147,9 @@ class Shell:
             case do.Settle():
                 self._updates.pop(action.ticket, None)
                 self._collecting.discard(action.ticket)
-                self.ports[action.store].settle(msg.Verdict(action.ticket, action.version, action.reason))
+                version = action.version if action.version is not None else self.book.folded_into(action.ticket)
+                if action.store in self.ports:  # else it hears of it when it is back
+                    self.ports[action.store].settle(msg.Verdict(action.ticket, version, action.reason))
             case do.Cancel():
                 self.ports[action.store].control(action.ticket, "stop")
             case do.Restart():
@@ -159,7 +181,7 @@ class Shell:
             body |= {"data_bytes": card.data_bytes.get(self._data, 0), "hash": card.data_hashes.get(self._data)}
             await self._in_lane(do.Record("store_joined", body))
             if trains:
-                self.inbox.put_nowait(ev.StoreJoined(store, counts.get("train", 0), self.clock()))
+                self.inbox.put_nowait(ev.StoreJoined(store, counts.get("train", 0), self.clock(), card.outbox))
             silent, why = await port.watch(heartbeat_s)
             event = ev.StoreHung if silent else ev.StoreLeft
             if trains:
@@ -206,7 +228,9 @@ class Shell:
         if action.evaluate:
             self._unjudged.add(action.version)
         try:
-            report = await self.ports[action.store].train(ticket, self.plan, self._handles[action.version])
+            report = await self.ports[action.store].train(ticket, self.plan, await self._handle(action.version))
+        except StoreSuperseded:
+            raise
         except StoreError as error:
             final = isinstance(error, StoreRefused)
             return ev.TrainingFailed(action.ticket, _bare(error, action.store), self.clock(), final)
@@ -238,9 +262,11 @@ class Shell:
         self._count_down(action.version, action.store)
         self._holds[action.version] += 1
         try:
-            port, handle = self.ports[action.store], self._handles[action.version]
+            port, handle = self.ports[action.store], await self._handle(action.version)
             judged = await port.evaluate(self.plan, handle, "validation")
             return self._judged(action.version, action.store, judged)
+        except StoreSuperseded:
+            raise
         except StoreError:
             return ev.EvaluationFailed(action.version, action.store, self.clock())
         finally:
@@ -251,6 +277,16 @@ class Shell:
         if not values or not all(map(math.isfinite, values.values())):
             return ev.EvaluationFailed(version, store, self.clock())
         return ev.Evaluated(version, store, values, evaluation.num_examples, self.clock())
+
+    async def _handle(self, version: int) -> Handle:
+        """An older one only after the coordinator was away: from the disk. Raises StoreError where it is gone."""
+        if version not in self._handles:
+            try:
+                vector = await asyncio.to_thread(self.book.read, version, self.model.layout)
+            except (ConfigError, RunError) as error:
+                raise StoreError(error.message) from None
+            self._handles[version] = self.put(vector)
+        return self._handles[version]
 
     def _count_down(self, version: int, store: str) -> None:
         if (version, store) not in self._sent:
@@ -324,11 +360,12 @@ class Shell:
 
     def _publish(self, action: do.Publish) -> ev.Event:
         """Step, then hash and hand out side by side; the record is the last word."""
-        if self._writing is not None:
-            self._writing.result()
         norm = self.model.step(action.full_weight, action.statistic_mix)
-        fetchable = self._beside.submit(self.put, self.model.vector)
-        digest = self.book.hash(self.model.vector)
+        vector = self.model.vector
+        fetchable = self._beside.submit(self.put, vector)
+        state = self.model.state
+        written = self._disk.submit(self._patiently, self.book.write, action.version, vector, self.model.layout, state)
+        digest = self.book.hash(vector)
         now = self.wall()
         body = {
             "version": action.version,
@@ -344,6 +381,8 @@ class Shell:
             "step_norm": norm,
         }
         self._bytes_down, self._published = 0, now
+        written.result()
+        self._patiently(self.diary.sync)
         self.record("version_published", body)
         self._unjudged = {v for v in self._unjudged if v > action.version - UNJUDGED}
         self._handles[action.version] = fetchable.result()
@@ -353,17 +392,16 @@ class Shell:
         in_use = frozenset(self._unjudged | {v for v, held in self._holds.items() if held > 0})
         best = self.board.best[0] if self.board.best else None
 
-        def write() -> None:
-            self.book.keep(action.version, self.model.vector, self.model.layout)
+        def keep() -> None:
+            self._patiently(self.book.keep, action.version)
             self.book.prune(in_use, best)
 
-        self._writing = self._disk.submit(write)
-        await asyncio.wrap_future(self._writing)
+        await asyncio.wrap_future(self._disk.submit(keep))
         return ev.Kept(action.version, self.clock())
 
     def record(self, kind: str, body: Mapping[str, Any]) -> None:
         """Write a fact down, then let it be seen. In the lane's thread, or before the lane runs."""
-        self.book.record(kind, body)
+        self._patiently(self.book.record, kind, body)
         self.board.add(kind, body)
         if kind == "evaluated":
             self._unjudged.discard(body["version"])
@@ -374,8 +412,43 @@ class Shell:
         facts = {"version": 0, "parent": None, "hash": self.book.hash(self.model.vector), "at": now}
         nothing = {"elapsed_s": 0.0, "seconds": 0.0, "contributions": [], "bytes_up": 0, "bytes_down": 0}
         self.record("version_published", {**facts, **nothing, "bytes_total": 0, "step_norm": 0.0})
-        self.book.keep(0, self.model.vector, self.model.layout)
+        self.book.write(0, self.model.vector, self.model.layout, self.model.state)
+        self.book.keep(0)
         self._handles[0] = self.put(self.model.vector)
+
+    def resume(self, last: Mapping[str, Any]) -> None:
+        """The newest version, by its record, fetchable again."""
+        self._started, self._published = self.wall() - last["elapsed_s"], self.wall()
+        self._bytes_total = last["bytes_total"]
+        self._handles[last["version"]] = self.put(self.model.vector)
+
+    async def note(self, event: ev.Event, actions: list[do.Action]) -> None:
+        """Into the diary, before anything is done; where there is no room, when there is."""
+        while True:
+            try:
+                self.diary.note(event, actions)
+                if self.diary.long and any(isinstance(action, do.Publish) for action in actions):
+                    self.diary.checkpoint(self.memory())
+                return
+            except RunError as error:
+                self._wait_for_room(error)
+                await asyncio.sleep(ROOM_S)
+
+    def _patiently(self, write: Callable[..., None], *arguments: Any) -> None:
+        """In the lane's or the disk's thread: a full disk is waited for, everything else is an error."""
+        while True:
+            try:
+                return write(*arguments)
+            except RunError as error:
+                self._wait_for_room(error)
+                time.sleep(ROOM_S)
+
+    def _wait_for_room(self, error: RunError) -> None:
+        """Say it once. Raises the error when there is room: it is another one."""
+        if self.book.room() > self.model.vector.nbytes + ROOM_BYTES:
+            raise error
+        if self.board.lines[-1:] != [said := f"{error.message}: it goes on when there is room"]:
+            self.board.lines.append(said)
 
 
 def _bare(error: StoreError | ConfigError, store: str) -> str:

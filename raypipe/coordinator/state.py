@@ -6,18 +6,22 @@ import math
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from raypipe.coordinator.actions import Contribution, Publish, Train
+
 KEPT = 16  # versions for which each store's own word is remembered
 
 
 class Phase(IntEnum):
     """A ticket's way; it leaves the machine when it is settled or failed."""
 
+    WAITING = 0  # the coordinator was away: its store is awaited, and asked for it again
     TRAINING = 1
     TRAINED = 2  # its update waits at the store for its turn
     COLLECTING = 3
     ARRIVED = 4  # can be folded
     FOLDING = 5
-    FOLDED = 6  # in the sum of a version not yet published
+    FOLDED = 6  # in the open sum
+    PUBLISHED = 7  # in a version whose weights are not on the disk yet
 
 
 @dataclass(slots=True)
@@ -27,6 +31,7 @@ class Ticket:
     id: str
     store: str
     base: int
+    asked: Train
     issued_at: float
     due_at: float  # after this it holds no slot and nobody waits for it; its work still counts
     hung_at: float  # after this its store is restarted
@@ -40,6 +45,9 @@ class Ticket:
     worth: float = 0.0  # its weight were it not stale
     weight: float = 0.0
     staleness: int = 0
+    place: int = 0  # in the order of folding
+    arrived: bool = False
+    again: bool = False  # asked for a second time, of a store that may have had it ready: its time tells nothing
 
 
 @dataclass(slots=True)
@@ -54,6 +62,7 @@ class Member:
     retry_at: float = -math.inf
     warm: bool = False  # it has handed over since it joined
     restarting: bool = False  # we ended its process ourselves
+    returning: float = -math.inf  # until then it is expected back: it was there when the coordinator died
     issued: int = 0
     handed_over: tuple[int, int] = (-1, 0)  # base version, updates that came of it
     last_issued_at: float = -1.0
@@ -64,6 +73,10 @@ class Member:
     def available(self, at: float) -> bool:
         """May be given work now, if it holds no ticket in training."""
         return self.present and not self.aside and self.retry_at <= at
+
+    def counts(self, at: float) -> bool:
+        """Is there, or is expected back."""
+        return (self.present or self.returning > at) and not self.aside
 
 
 @dataclass(slots=True)
@@ -113,6 +126,17 @@ class Scores:
             del self.judged[old]
         return mean
 
+    def withdraw(self, version: int) -> None:
+        """Forget what was said of a version that is no more."""
+        self.judged.pop(version, None)
+        self.scored.pop(version, None)
+        self.closed.discard(version)
+        self.newest = {s: word for s, word in self.newest.items() if word[0] != version}
+        if self.best is not None and self.best[0] == version:
+            pick = min if self.lower_is_better else max
+            at = pick(self.scored, key=self.scored.__getitem__) if self.scored else None
+            self.best = None if at is None else (at, self.scored[at])
+
     def _better(self, one: float, other: float) -> bool:
         return one < other if self.lower_is_better else one > other
 
@@ -123,3 +147,29 @@ class Scores:
     def stale_for(self, patience: int) -> bool:
         """Whether the newest `patience` scored versions brought no better one."""
         return self.best is not None and self.since_best >= patience
+
+
+@dataclass(slots=True)
+class Memory:
+    """All that the machine remembers: what a checkpoint holds."""
+
+    members: dict[str, Member]
+    tickets: dict[str, Ticket]
+    scores: Scores
+    version: int
+    epoch: int
+    publishing: Publish | None
+    unkept: dict[int, tuple[Contribution, ...]]
+    picked: int | None
+    cohort: list[str]
+    created_at: float
+    started_at: float | None
+    ending: tuple[str, float] | None
+    awaited: set[str] | None
+    finished: bool
+    issued: int
+    places: int
+    central_busy: bool
+    closing_s: float
+    empty_since: float | None
+    now: float

@@ -7,10 +7,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from raypipe.ledger import entries
-from raypipe.ledger.chain import Line
 from raypipe.ledger.entries import FIRST, Entry
 from raypipe.ledger.heads import Head, is_cosigned, is_genuine
 from raypipe.ledger.keys import fingerprint, verify
+from raypipe.ledger.lines import Line
 from raypipe.ledger.offline import canonical, update_statement
 from raypipe.ledger.tree import Tree
 
@@ -39,10 +39,12 @@ class Audit:
     key: str | None = None
     newest: entries.Version | None = None
     hashes: dict[int, str] = field(default_factory=dict)
-    stores: dict[str, str] = field(default_factory=dict)  # store -> the key that stands
+    stores: dict[str, str | None] = field(default_factory=dict)  # store -> the key that stands, None: it signs nothing
     keys: dict[str, set[str]] = field(default_factory=dict)  # store -> all it ever had
     versions: dict[int, tuple[int, entries.Version]] = field(default_factory=dict)
-    tickets: dict[str, int] = field(default_factory=dict)
+    kept: dict[int, tuple[int, entries.Kept]] = field(default_factory=dict)
+    tickets: dict[str, tuple[int, int]] = field(default_factory=dict)  # ticket -> its entry and version
+    unsigned: list[int] = field(default_factory=list)  # updates of stores without a key
     updates: dict[int, list[int]] = field(default_factory=dict)  # version to come -> its entries
     heads: dict[int, Head] = field(default_factory=dict)
     last: Head | None = None
@@ -102,6 +104,10 @@ def _body(audit: Audit, index: int, found: entries.Body | None) -> None:
             _update(audit, index, body)
         case entries.Version() as body:
             _version(audit, index, body)
+        case entries.Kept() as body:
+            _kept(audit, index, body)
+        case entries.Withdrawn() as body:
+            _withdrawn(audit, index, body)
         case entries.Witnessed() as body:
             _witnessed(audit, index, body)
         case _:
@@ -134,9 +140,12 @@ def _run(audit: Audit, index: int, body: entries.Run) -> None:
 def _store(audit: Audit, index: int, body: entries.Store) -> None:
     standing = audit.stores.get(body.store)
     if standing not in (None, body.key):
-        audit.say(index, f"store {body.store} comes with another key while {_short(str(standing))} stands")
+        other = "another" if body.key else "no"
+        audit.say(index, f"store {body.store} comes with {other} key while {_short(standing)} stands")
     audit.stores[body.store] = body.key
-    audit.keys.setdefault(body.store, set()).add(body.key)
+    known = audit.keys.setdefault(body.store, set())
+    if body.key is not None:
+        known.add(body.key)
 
 
 def _revoked(audit: Audit, index: int, body: entries.Revoked) -> None:
@@ -149,8 +158,8 @@ def _revoked(audit: Audit, index: int, body: entries.Revoked) -> None:
 def _update(audit: Audit, index: int, body: entries.Update) -> None:
     audit.updates.setdefault(body.version, []).append(index)
     if body.ticket in audit.tickets:
-        audit.say(index, f"ticket {body.ticket} is folded twice, first in entry {audit.tickets[body.ticket]}")
-    audit.tickets.setdefault(body.ticket, index)
+        audit.say(index, f"ticket {body.ticket} is folded twice, first in entry {audit.tickets[body.ticket][0]}")
+    audit.tickets.setdefault(body.ticket, (index, body.version))
     if body.version in audit.versions:
         audit.say(index, f"an update of version {body.version}, which was made before it")
     base = audit.versions.get(body.base)
@@ -161,20 +170,22 @@ def _update(audit: Audit, index: int, body: entries.Update) -> None:
             index,
             f"store {body.store} trained from {body.base_digest[:15]}, version {body.base} is {base[1].digest[:15]}",
         )
-    key = audit.stores.get(body.store)
-    if key is None:
+    if body.store not in audit.stores:
         known = body.store in audit.keys
         audit.say(
             index, f"the key of store {body.store} was revoked" if known else f"no store {body.store} is enrolled"
         )
-        return
-    if not verify(key, "update", statement_of(audit.run, body), body.signature):
+    elif (key := audit.stores[body.store]) is None and body.signature is None:
+        audit.unsigned.append(index)
+    elif not key or not is_signed_update(audit.run, body, key):
         audit.say(index, f"the update of ticket {body.ticket} is not signed by store {body.store}")
 
 
-def statement_of(run: str, body: entries.Update) -> bytes:
-    """What the store signed for this entry."""
-    return update_statement(
+def is_signed_update(run: str, body: entries.Update, key: str) -> bool:
+    """Whether the holder of this key signed what the entry says."""
+    if body.digest is None or body.signature is None:
+        return False
+    said = update_statement(
         run=run,
         store=body.store,
         ticket=body.ticket,
@@ -184,6 +195,7 @@ def statement_of(run: str, body: entries.Update) -> bytes:
         steps=body.steps,
         examples=body.examples,
     )
+    return verify(key, "update", said, body.signature)
 
 
 def _version(audit: Audit, index: int, body: entries.Version) -> None:
@@ -197,6 +209,23 @@ def _version(audit: Audit, index: int, body: entries.Version) -> None:
         audit.say(index, f"version {body.version} has {body.updates} updates; {len(own)} stand before it")
     audit.versions.setdefault(body.version, (index, body))
     audit.newest = body
+
+
+def _kept(audit: Audit, index: int, body: entries.Kept) -> None:
+    if body.version not in audit.versions:
+        audit.say(index, f"weights of version {body.version}, which is not in the ledger")
+    audit.kept[body.version] = index, body
+
+
+def _withdrawn(audit: Audit, index: int, body: entries.Withdrawn) -> None:
+    if audit.newest is None or audit.newest.version != body.version:
+        newest = audit.newest.version if audit.newest else "none"
+        audit.say(index, f"version {body.version} is withdrawn; the newest, which alone can be, is {newest}")
+        return
+    gone = audit.versions.pop(body.version)[1]
+    audit.kept.pop(body.version, None)
+    audit.tickets = {ticket: place for ticket, place in audit.tickets.items() if place[1] != body.version}
+    audit.newest = audit.versions[gone.parent][1] if gone.parent in audit.versions else None
 
 
 def _witnessed(audit: Audit, index: int, body: entries.Witnessed) -> None:
@@ -262,6 +291,10 @@ def end(audit: Audit) -> None:
         audit.notes.append(
             Finding(audit.expected - audit.unsealed, "it and what follows was never sealed by a signed head")
         )
+    if audit.unsigned:
+        number = len(audit.unsigned)
+        said = f"{number} updates from here on are unsigned: whose they are is the coordinator's word alone"
+        audit.notes.append(Finding(audit.unsigned[0], said))
     for version, places in audit.updates.items():
         if places[0] < audit.expected - audit.unsealed:
             audit.say(places[0], f"an update of version {version}, which was never made")

@@ -9,89 +9,32 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any
 
 from raypipe.errors import RunError, StoreError
 from raypipe.ledger import heads
-from raypipe.ledger.entries import FIRST, Body, Entry, Version, Witnessed, line_of, make_entry, plain, typed
+from raypipe.ledger.entries import (
+    FIRST,
+    Body,
+    Entry,
+    Revoked,
+    Run,
+    Store,
+    Version,
+    Withdrawn,
+    Witnessed,
+    line_of,
+    make_entry,
+    plain,
+)
 from raypipe.ledger.heads import Head, is_cosigned, is_genuine, signed_head
 from raypipe.ledger.keys import Key, sync_folder
-from raypipe.ledger.offline import canonical, entry_hash
+from raypipe.ledger.lines import FILE, Line, read_lines
 from raypipe.ledger.tree import Tree
-
-FILE = "ledger.jsonl"
-_HEAD = re.compile(rb'^\{"head":|^(?!\{"entry":).*"root":"[0-9a-f]{64}","run":')  # even with a byte of it changed
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One line of a ledger file: an entry, a head, or (`item` None) what is wrong with it."""
-
-    start: int  # bytes
-    end: int
-    item: Entry | Head | None
-    body: Body | None = None  # of an entry
-    hash: bytes = b""  # of an entry
-    problem: str = ""
-    cut: bool = False  # the file ends inside it
-    of_head: bool = False  # it was a head, as far as can be seen
-
-
-def read_lines(path: Path) -> Iterator[Line]:
-    """Every line, checked by itself: canonical JSON, the fields of its kind, an entry's hash.
-
-    Raises RunError when there is no such file.
-    """
-    try:
-        with path.open("rb") as file:
-            start = 0
-            for raw in file:
-                yield _line(start, raw)
-                start += len(raw)
-    except OSError as error:
-        raise RunError(f"the ledger {path} cannot be read: {error.strerror}") from None
-
-
-def _line(start: int, raw: bytes) -> Line:
-    end, of_head = start + len(raw), _HEAD.search(raw) is not None
-    if not raw.endswith(b"\n"):
-        return Line(start, end, None, problem="the file ends inside its line", cut=True, of_head=of_head)
-    try:
-        found = _parse(raw)
-    except (ValueError, RecursionError) as error:
-        return Line(start, end, None, problem=str(error).splitlines()[0], of_head=of_head)
-    return Line(start, end, found) if isinstance(found, Head) else Line(start, end, *found)
-
-
-def _parse(raw: bytes) -> tuple[Entry, Body, bytes] | Head:
-    """An entry, its body and its hash; or a head. Raises ValueError."""
-    try:
-        given = json.loads(raw)
-    except ValueError:
-        raise ValueError("its line is not JSON") from None
-    if isinstance(given, dict) and given.keys() == {"head"}:
-        head = typed(Head, given["head"])
-        return head if heads.line_of(head) == raw else _differs(raw, given)
-    if not isinstance(given, dict) or given.keys() != {"entry", "hash"}:
-        raise ValueError("its line is neither an entry nor a head")
-    entry = typed(Entry, given["entry"])
-    body = entry.typed()
-    written, found = line_of(replace(entry, body=plain(body)))
-    return (entry, body, found) if written == raw else _differs(raw, given)
-
-
-def _differs(raw: bytes, given: dict[str, Any]) -> Any:
-    """Why a line is not as it would be written. Raises ValueError, always."""
-    if canonical(given) + b"\n" != raw:
-        raise ValueError("its line is not canonical JSON")
-    if "hash" in given and entry_hash(given["entry"]).hex() != given["hash"]:
-        raise ValueError("its content does not have its hash")
-    raise ValueError("the fields are not exactly those of its kind")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +59,10 @@ class Ledger:
         self._lock = Lock()
         self._tree, self._prev = Tree(), FIRST
         self._head: Head | None = None
-        self._newest: Version | None = None
+        self._started: Run | None = None
+        self._stores: dict[str, Store] = {}  # those whose key stands
+        self._versions: dict[int, Version] = {}  # those not withdrawn, the newest last
+        self._recorded = 0
         self._places: dict[int, _Place] = {}
         self._lines: list[tuple[Entry, bytes]] = []  # not sealed yet
         self._heads: dict[int, Head] = {}
@@ -144,14 +90,51 @@ class Ledger:
         return self._head
 
     @property
+    def coordinator(self) -> str:
+        """The public key that signs."""
+        return self._key.public
+
+    @property
+    def started(self) -> Run | None:
+        """The newest `run` entry that was appended."""
+        return self._started
+
+    @property
     def newest(self) -> int | None:
-        """The newest version that was appended; what the journal has beyond it is still to be appended."""
-        return None if self._newest is None else self._newest.version
+        """The newest version that was appended and not withdrawn."""
+        return next(reversed(self._versions), None)
+
+    @property
+    def recorded(self) -> int:
+        """The newest journal record that is accounted for, 0 for none: what comes after it is still to be."""
+        return self._recorded
+
+    @property
+    def owed(self) -> float | None:
+        """When the newest version or end was that no `seal` has written yet; None where all are."""
+        return next((e.at for e, _ in reversed(self._lines) if e.kind in ("version", "finished")), None)
+
+    def version(self, number: int) -> Version | None:
+        """As it was appended and not withdrawn."""
+        return self._versions.get(number)
+
+    def store(self, store: str) -> Store | None:
+        """As it was appended last, unless its key was revoked since."""
+        return self._stores.get(store)
 
     def append(self, body: Body, *, at: float) -> Entry:
         """One more entry, on the disk with the next `seal`. Raises RunError for a body that its kind cannot have."""
         with self._lock:
-            return self._append(body, at)
+            return self._append([body], at)[0]
+
+    def extend(self, bodies: Sequence[Body], *, at: float, record: int) -> None:
+        """All entries that a journal record stands for, which may be none; or no entry where `append` would refuse one.
+
+        They are under the same head, so that a crash leaves all of them or none.
+        """
+        with self._lock:
+            self._append(bodies, at, record)
+            self._recorded = max(self._recorded, record)
 
     def witness(self, cosignature: Mapping[str, Any], public: str) -> None:
         """Take a store's signature on a head in; the next `seal` writes it. `public` is the store's enrolled key.
@@ -175,7 +158,7 @@ class Ledger:
         """
         with self._lock:
             for size in sorted(self._seen):
-                self._append(Witnessed(size, self._seen.pop(size)), at)
+                self._append([Witnessed(size, self._seen.pop(size))], at)
             if not self._lines:
                 if self._head is None:
                     raise RunError(f"the ledger {self.path} has no entry to seal")
@@ -184,8 +167,7 @@ class Ledger:
             self._write(b"".join(line for _, line in self._lines) + heads.line_of(head))
             start = self._end
             for entry, line in self._lines:
-                if entry.kind == "version":
-                    self._places[entry.body["version"]] = _Place(entry.index, start, len(line))
+                self._place(entry, start, len(line))
                 start += len(line)
             self._end = start + len(heads.line_of(head))
             self._lines.clear()
@@ -226,21 +208,52 @@ class Ledger:
         with self._lock:
             self._file.close()
 
-    def _append(self, body: Body, at: float) -> Entry:
-        try:
-            entry = make_entry(self._tree.size, self._prev, body, at)
-            line, found = line_of(entry)
-        except ValueError as error:
-            raise RunError(f"the ledger cannot hold this: {error}") from None
-        self._tree.append(found)
-        self._prev = found.hex()
-        self._lines.append((entry, line))
-        if isinstance(body, Version):
-            self._newest = body
-        return entry
+    def _append(self, bodies: Sequence[Body], at: float, record: int = 0) -> list[Entry]:
+        record = max(self._recorded, record)
+        made: list[tuple[Entry, bytes]] = []
+        hashes, prev = list[bytes](), self._prev
+        for body in bodies:
+            try:
+                entry = make_entry(self._tree.size + len(made), prev, body, at, record)
+                line, found = line_of(entry)
+            except ValueError as error:
+                raise RunError(f"the ledger cannot hold this: {error}") from None
+            made.append((entry, line))
+            hashes.append(found)
+            prev = found.hex()
+        for (entry, _), body, found in zip(made, bodies, hashes, strict=True):
+            self._tree.append(found)
+            self._know(entry, body)
+        self._prev = prev
+        self._lines += made
+        return [entry for entry, _ in made]
+
+    def _know(self, entry: Entry, body: Body) -> None:
+        """What is asked of the ledger later."""
+        self._recorded = max(self._recorded, entry.record)
+        match body:
+            case Run():
+                self._started = body
+            case Store():
+                self._stores[body.store] = body
+            case Revoked():
+                self._stores.pop(body.store, None)
+            case Version():
+                self._versions[body.version] = body
+            case Withdrawn():
+                self._versions.pop(body.version, None)
+            case _:
+                pass
+
+    def _place(self, entry: Entry, start: int, num_bytes: int) -> None:
+        """Of a sealed entry."""
+        if entry.kind == "version":
+            self._places[entry.body["version"]] = _Place(entry.index, start, num_bytes)
+        elif entry.kind == "withdrawn":
+            self._places.pop(entry.body["version"], None)
 
     def _next_head(self, at: float) -> Head:
-        new = self._newest
+        new = next(reversed(self._versions.values()), None)
         version, digest = (None, None) if new is None else (new.version, new.digest)
         root = self._tree.root().hex()
         return signed_head(
@@ -261,7 +274,7 @@ class Ledger:
         """Takes in what is sealed; the number of bytes kept."""
         sealed = loose = 0
         pending: list[tuple[Entry, Line]] = []
-        for line in read_lines(self.path):
+        for line in read_lines(self.path, quick=True):
             if line.cut:
                 loose += 1
             elif isinstance(line.item, Entry):
@@ -273,6 +286,8 @@ class Ledger:
                 self._take(pending, line.item)
                 pending.clear()
                 sealed = line.end
+        if self._head is not None and not is_genuine(self._head):  # the last one is over all that is here
+            raise self._not_ours(self._head)
         loose += len(pending)
         if loose:
             os.ftruncate(self._file.fileno(), sealed)
@@ -287,11 +302,14 @@ class Ledger:
                 raise RunError(f"the ledger {self.path} was altered: entry {self._tree.size} is not in its place")
             self._prev = line.hash.hex()
             self._tree.append(line.hash)
-            if isinstance(line.body, Version):
-                self._newest = line.body
-                self._places[line.body.version] = _Place(entry.index, line.start, line.end - line.start)
-        if head.coordinator != self._key.public or head.run != self._run or not is_genuine(head):
-            raise RunError(f"the ledger {self.path} has a head ({head.short}) that this coordinator's key did not sign")
+            if line.body is not None:
+                self._know(entry, line.body)
+            self._place(entry, line.start, line.end - line.start)
+        if head.coordinator != self._key.public or head.run != self._run:
+            raise self._not_ours(head)
         if (head.size, head.root) != (self._tree.size, self._tree.root().hex()):
             raise RunError(f"the ledger {self.path} was altered: its entries are not those of the head ({head.short})")
         self._heads[head.size] = self._head = head
+
+    def _not_ours(self, head: Head) -> RunError:
+        return RunError(f"the ledger {self.path} has a head ({head.short}) that this coordinator's key did not sign")

@@ -3,14 +3,16 @@
     run        a coordinator takes the run up, under its key
     store      a store may contribute from here on, with this key; its card: limits and data sets
     revoked    a store's key counts no more from here on
-    update     one store's update in one version, signed by the store; stands before its version
-    version    a global version: the hash of its file, the digest of its vector, its parent's digest
+    update     one store's update in one version, signed by the store or said to be unsigned; stands before its version
+    version    a global version: the digest of its vector, its parent's digest
+    kept       a version's weights are on the disk, in this file
+    withdrawn  the newest version was lost before its weights were kept; its number and its updates are free again
     refused    an update that was not folded
     witnessed  stores that co-signed an earlier head
     finished   the run is over; only a resumed coordinator writes after it
 
-An entry's line is `{"entry":{actor,at,body,index,kind,prev},"hash":...}`, canonical JSON and a line feed; `hash` is
-sha256 of the inner part, `prev` the hash of the entry before. So every byte of it counts.
+An entry's line is `{"entry":{actor,at,body,index,kind,prev,record},"hash":...}`, canonical JSON and a line feed; `hash`
+is sha256 of the inner part, `prev` the hash of the entry before. So every byte of it counts.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class Store:
     """From the store's card; counts are images."""
 
     store: str
-    key: str  # public
+    key: str | None  # public; None in a run without signatures
     limits: dict[str, float] = field(default_factory=dict)
     data_hashes: dict[str, str] = field(default_factory=dict)  # data set name -> content hash
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # data set name -> split -> images
@@ -63,32 +65,51 @@ class Revoked:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """`digest` is of the bytes as they left the store; `signature` covers what `update_statement` says."""
+    """`digest` is of the bytes as they left the store; `signature` covers what `update_statement` says.
+
+    Both are None in a run without signatures: then the entry is the coordinator's word alone.
+    """
 
     version: int  # that it was folded into
     store: str
     ticket: str
     base: int  # the version it was trained from
-    base_digest: str  # of the weights the store trained from, as the store saw them
+    base_digest: str  # of the weights it was trained from; the store's signature is over what the store saw
     staleness: int
     steps: int
     examples: int
     weight: float
-    digest: str
-    signature: str
+    digest: str | None
+    signature: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """`digest` is of the flat vector; the weights file need not be kept for ever."""
+    """`digest` is of the flat vector that the stores are given."""
 
     version: int
     parent: int | None
     parent_digest: str | None
-    file: str  # a name in the version store, no folder
-    sha256: str  # of the file
     digest: str
     updates: int  # how many `update` entries are its own
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Written when the file is; it need not stay for ever. As `tracking.records.WeightsKept`."""
+
+    version: int
+    file: str  # a name in the version store, no folder
+    hash: str  # blake3 of the file, 64 hex digits
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The newest version counts no more; another will have its number, and may have its updates."""
+
+    version: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +139,17 @@ class Finished:
     best_version: int | None
 
 
-Body: TypeAlias = Run | Store | Revoked | Update | Version | Refused | Witnessed | Finished
+Body: TypeAlias = Run | Store | Revoked | Update | Version | Kept | Withdrawn | Refused | Witnessed | Finished
 KINDS: dict[str, type[Body]] = {
-    kind.__name__.lower(): kind for kind in (Run, Store, Revoked, Update, Version, Refused, Witnessed, Finished)
+    kind.__name__.lower(): kind
+    for kind in (Run, Store, Revoked, Update, Version, Kept, Withdrawn, Refused, Witnessed, Finished)
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """`at` is in seconds since the epoch; `actor` is the store it is about, else "coordinator"."""
+    """`at` is in seconds since the epoch; `actor` is the store it is about, else "coordinator"; all journal records up
+    to number `record` are accounted for when this entry is there."""
 
     index: int
     prev: str
@@ -134,6 +157,7 @@ class Entry:
     at: float
     actor: str
     body: dict[str, Any]
+    record: int = 0
 
     @property
     def hash(self) -> bytes:
@@ -147,10 +171,11 @@ class Entry:
         return typed(KINDS[self.kind], self.body)
 
 
-def make_entry(index: int, prev: str, body: Body, at: float) -> Entry:
+def make_entry(index: int, prev: str, body: Body, at: float, record: int = 0) -> Entry:
     """Raises ValueError for a body with NaN, or with fields of other types than its kind has."""
     fields = plain(typed(type(body), plain(body)))
-    return Entry(index, prev, type(body).__name__.lower(), float(at), str(fields.get("store", "coordinator")), fields)
+    actor = str(fields.get("store", "coordinator"))
+    return Entry(index, prev, type(body).__name__.lower(), float(at), actor, fields, record)
 
 
 def line_of(entry: Entry) -> tuple[bytes, bytes]:

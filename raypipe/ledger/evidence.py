@@ -13,10 +13,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from raypipe.ledger.chain import FILE, read_lines
 from raypipe.ledger.entries import Entry, plain
 from raypipe.ledger.heads import Head
 from raypipe.ledger.keys import fingerprint
+from raypipe.ledger.lines import FILE, read_lines
 from raypipe.ledger.verify import Findings, Saved, verify
 
 STYLE = """
@@ -38,7 +38,11 @@ LIMITS = (
 
 def evidence(folder: Path, *, at: float, against: Sequence[Saved] = ()) -> str:
     """The page, for a run's folder; `at` is when it is made (seconds since the epoch). Raises RunError: no ledger."""
-    findings = verify(folder, against)
+    return page(folder, verify(folder, against), at=at)
+
+
+def page(folder: Path, findings: Findings, *, at: float) -> str:
+    """The same, of a ledger that was verified already."""
     lines = list(read_lines(folder / FILE))
     chain = [line.item for line in lines if isinstance(line.item, Entry)]
     heads = [line.item for line in lines if isinstance(line.item, Head)]
@@ -86,7 +90,7 @@ def _who(chain: Sequence[Entry]) -> str:
         for e in chain
         if e.kind == "revoked"
     ]
-    table = [[when, who, _key(str(key)), said] for when, who, key, said in rows]
+    table = [[when, who, _key(str(key)) if key else "none: unsigned", said] for when, who, key, said in rows]
     return "<h2>Who</h2>" + _table(("when", "who", "public key (Ed25519) and fingerprint", ""), table, code=(2,))
 
 
@@ -114,20 +118,33 @@ def _policy(runs: Sequence[tuple[Entry, dict[str, Any]]]) -> str:
 
 
 def _versions(chain: Sequence[Entry]) -> str:
-    updates: dict[int, list[dict[str, Any]]] = {}
-    for _, body in _bodies(chain, "update"):
-        updates.setdefault(body["version"], []).append(body)
-    rows: list[list[object]] = []
-    for entry, body in _bodies(chain, "version"):
-        own = updates.get(body["version"], [])
-        total = sum(u["weight"] for u in own) or 1.0
-        shares = "; ".join(
-            f"{u['store']} {u['weight'] / total:.1%} (base {u['base']}, {u['steps']} steps, {u['examples']} images)"
-            for u in own
-        )
-        rows.append([body["version"], _time(entry.at), shares or "none", body["digest"], body["sha256"]])
-    names = ("version", "when", "contributors and shares", "digest of the weights", "sha256 of the file")
-    return "<h2>Versions</h2>" + _table(names, rows, code=(3, 4))
+    files = {body["version"]: f"{body['file']} {body['hash']}" for _, body in _bodies(chain, "kept")}
+    rows: dict[int, list[object]] = {}  # by the version's entry
+    standing: dict[int, int] = {}
+    updates: list[dict[str, Any]] = []
+    for entry in chain:
+        body = entry.body
+        if entry.kind == "update":
+            updates.append(body)
+        elif entry.kind == "version":
+            number = standing[body["version"]] = entry.index
+            rows[number] = [body["version"], _time(entry.at), _shares(updates) or "none", body["digest"]]
+            updates = []
+        elif entry.kind == "withdrawn" and body["version"] in standing:
+            rows[standing.pop(body["version"])].append(f"withdrawn: {body['reason']}")
+    for version, index in standing.items():
+        rows[index].append(files.get(version, ""))
+    names = ("version", "when", "contributors and shares", "digest of the weights", "file and its blake3")
+    return "<h2>Versions</h2>" + _table(names, rows.values(), code=(3, 4))
+
+
+def _shares(updates: Sequence[dict[str, Any]]) -> str:
+    total = sum(u["weight"] for u in updates) or 1.0
+    return "; ".join(
+        f"{u['store']} {u['weight'] / total:.1%} (base {u['base']}, {u['steps']} steps, {u['examples']} images"
+        + (")" if u["signature"] else ", unsigned)")
+        for u in updates
+    )
 
 
 def _refusals(chain: Sequence[Entry]) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from raypipe.errors import ConfigError, RunError
-from raypipe.ledger.chain import FILE, read_lines
 from raypipe.ledger.entries import Entry, plain
 from raypipe.ledger.heads import Head
+from raypipe.ledger.lines import FILE, read_lines
 from raypipe.ledger.offline import FORMAT
 from raypipe.ledger.tree import Tree
 
@@ -49,6 +49,7 @@ def prove(folder: Path, version: int, store: str) -> dict[str, Any]:
 
 def _own(chain: list[Entry], version: int, store: str) -> list[Entry]:
     """The store's updates in this version, then the version."""
+    chain = _standing(chain)
     made = [e for e in chain if e.kind == "version" and e.body["version"] == version]
     if not made:
         last = max((e.body["version"] for e in chain if e.kind == "version"), default=None)
@@ -58,7 +59,20 @@ def _own(chain: list[Entry], version: int, store: str) -> list[Entry]:
     if not own:
         names = ", ".join(sorted({e.body["store"] for e in updates})) or "no store"
         raise ConfigError(f"store {store} has no update in version {version}; {names} contributed to it")
+    if any(e.body["signature"] is None for e in own):
+        raise ConfigError(f"store {store} did not sign its update in version {version}: there is nothing to prove")
     return [*own, made[0]]
+
+
+def _standing(chain: list[Entry]) -> list[Entry]:
+    """Without the updates and versions that were withdrawn."""
+    there: list[Entry] = []
+    for entry in chain:
+        if entry.kind == "withdrawn":
+            number = entry.body["version"]
+            there = [e for e in there if e.kind not in ("update", "version") or e.body["version"] != number]
+        there.append(entry)
+    return there
 
 
 def _head(chain: list[Entry], heads: dict[int, Head], index: int, version: int) -> tuple[Head, dict[str, str]]:

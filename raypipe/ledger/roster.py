@@ -7,8 +7,10 @@ and a stranger under its name look the same from here.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -126,6 +128,24 @@ def save_roster(path: Path, roster: Roster) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise RunError(f"the roster {path} could not be written: {error.strerror}") from None
+
+
+def change_roster(path: Path, change: Callable[[Roster], Roster]) -> Roster:
+    """Read, change and write the file while no other process does; the roster as it is then.
+
+    Raises what `change` raises, ConfigError for a damaged file, RunError when it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_name(f".{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = load_roster(path)
+            after = change(before)
+            if after is not before:
+                save_roster(path, after)
+            return after
+    except OSError as error:
+        raise RunError(f"the roster {path} could not be locked: {error.strerror}") from None
 
 
 def _short(key: str) -> str:

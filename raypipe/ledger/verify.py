@@ -11,17 +11,18 @@ It cannot show that an update did what its store says it did, nor that stores ar
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blake3 import blake3
+
 from raypipe.errors import ConfigError, RunError
 from raypipe.ledger.audit import Audit, Finding, end, take
-from raypipe.ledger.chain import FILE, read_lines
 from raypipe.ledger.entries import Entry
 from raypipe.ledger.heads import Head, is_genuine
+from raypipe.ledger.lines import FILE, read_lines
 
 WEIGHTS = "versions"
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -126,18 +127,17 @@ def _compare(audit: Audit, saved: Saved) -> None:
 
 
 def _weights(audit: Audit, folder: Path) -> None:
-    for number, (index, body) in audit.versions.items():
+    for number, (index, body) in audit.kept.items():
         if not PLAIN_NAME.fullmatch(body.file):
             audit.say(index, f"version {number} names a file outside its folder")
             continue
         try:
-            with (folder / body.file).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = blake3().update_mmap(folder / body.file).hexdigest()
         except FileNotFoundError:
             continue
         except OSError as error:
             audit.notes.append(Finding(index, f"the weights of version {number} cannot be read: {error.strerror}"))
             continue
         audit.counts["weights"] += 1
-        if found != body.sha256:
+        if found != body.hash:
             audit.say(index, f"the weights of version {number} are not those of the ledger: {body.file} was altered")

@@ -133,13 +133,13 @@ class FlatModel:
         for entry, tensor in self._copied:
             tensor.copy_(torch.tensor(base[entry.slice]).view(entry.shape))
 
-    def update(self, base: Array) -> Array:
-        """A new vector of `layout.update_size`: shared entries as local - base, statistics as their values."""
+    def update(self, base: Array, out: Array | None = None) -> Array:
+        """A vector of `layout.update_size`, `out` if given: shared entries as local - base, statistics as values."""
         size, shared = self.layout.update_size, self.layout.shared
         if self._host is not self.vector:
             self._host[:size].copy_(self.vector[:size])
         local = self._host.numpy()
-        update = np.empty(size, np.float32)
+        update = np.empty(size, np.float32) if out is None else out
         np.subtract(local[shared], base[shared], out=update[shared])
         update[shared.stop :] = local[shared.stop : size]
         return update

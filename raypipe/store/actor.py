@@ -3,43 +3,57 @@
 The actor is a sync class: `train` occupies its one main thread; `control` and `heartbeat` are answered meanwhile by
 a concurrency group of their own (one async method would put all of them on an event loop and block it). Whatever
 goes wrong inside leaves as a Refusal of one safe line; details go to the store's own log on its own disk.
+
+It is detached, named `store/<run>/<store>/<code>`: it outlives its coordinator, and one that comes back finds it by
+name. An actor that no coordinator speaks to ends itself, so nothing stays on a cluster whose coordinator is gone for
+good. `code` is in the name because a detached actor keeps the code of the job that made it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import signal
+import time
 from collections.abc import Callable
-from typing import Any, cast
+from contextlib import suppress
+from dataclasses import replace
+from threading import Thread
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import ray
 from ray import exceptions as rex
 
 from raypipe.config.schema import Store
-from raypipe.errors import StoreError, StoreUnreachable
+from raypipe.errors import StoreError, StoreSuperseded, StoreUnreachable
 from raypipe.placement.homes import stores_home
 from raypipe.placement.plan import missing, missing_advice, store_options
 from raypipe.store import messages as msg
 from raypipe.store.safety import refusal, site_log
 
 NAMESPACE = "raypipe"
+ORPHAN_S = 120.0  # an actor that no coordinator has spoken to for so long ends itself
+ANSWER_S = 5.0  # in which an actor that is found has to answer
 GONE = (rex.RayActorError, rex.ObjectLostError, rex.OwnerDiedError, rex.NodeDiedError, rex.RaySystemError)
+
+
+M = TypeVar("M", msg.Card, msg.Report, msg.Evaluation)
 
 
 class SiteActor:
     """A site behind Ray. Every answer is bytes of the store protocol, or a vector."""
 
-    def __init__(self, store: str, cpus: float, gpus: float, slowdown: float) -> None:
+    def __init__(self, store: str, cpus: float, gpus: float, slowdown: float, orphan_s: float = ORPHAN_S) -> None:
         self._store = store
         self._make = lambda: _make_site(store, cpus, gpus, slowdown)
         self._site: Any = None
         self._log = site_log(stores_home() / store, store)
+        self._heard = time.monotonic()
+        Thread(target=self._end_when_orphaned, args=(orphan_s,), name="orphan", daemon=True).start()
 
-    def describe(self) -> bytes:
-        return cast(bytes, self._answer("describe", lambda site: msg.encode(site.describe())))
+    def describe(self, run: str, epoch: int) -> bytes:
+        return cast(bytes, self._answer("describe", lambda site: msg.encode(site.describe(run, epoch))))
 
     def train(self, ticket: bytes, plan: bytes, weights: np.ndarray) -> bytes:
         def run(site: Any) -> bytes:
@@ -48,29 +62,39 @@ class SiteActor:
 
         return cast(bytes, self._answer("train", run))
 
-    def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray | bytes:
-        return cast("np.ndarray | bytes", self._answer("collect", lambda site: site.collect(ticket, how)))
+    def collect(self, ticket: str, how: list[msg.Part], run: str, epoch: int) -> np.ndarray | bytes:
+        answer = self._answer("collect", lambda site: site.collect(ticket, how, run, epoch))
+        return cast("np.ndarray | bytes", answer)
 
     def settle(self, verdict: bytes) -> None:
-        self._answer("settle", lambda site: site.settle(msg.expect(msg.Verdict, verdict)) or b"")
+        self._answer("settle", lambda site: site.settle(msg.expect(msg.Verdict, verdict)))
 
-    def evaluate(self, plan: bytes, weights: np.ndarray, split: str) -> bytes:
+    def evaluate(self, plan: bytes, weights: np.ndarray, split: str, epoch: int) -> bytes:
         def run(site: Any) -> bytes:
-            return msg.encode(site.evaluate(msg.expect(msg.Plan, plan), weights, split))
+            return msg.encode(site.evaluate(msg.expect(msg.Plan, plan), weights, split, epoch))
 
         return cast(bytes, self._answer("evaluate", run))
 
     @ray.method(concurrency_group="control")
-    def control(self, ticket: str, command: msg.Command) -> None:
+    def control(self, ticket: str, command: msg.Command, run: str, epoch: int) -> None:
+        self._heard = time.monotonic()
         if self._site is not None:
-            self._site.control(ticket, command)
+            self._site.control(ticket, command, run, epoch)
 
     @ray.method(concurrency_group="control")
     def heartbeat(self) -> bool:
+        self._heard = time.monotonic()
         return True
+
+    def _end_when_orphaned(self, orphan_s: float) -> None:
+        while (silent_s := time.monotonic() - self._heard) < orphan_s:
+            time.sleep(min(1.0, orphan_s - silent_s))
+        self._log.warning("no coordinator was heard of for %.0f s: this process ends", orphan_s)
+        os._exit(0)
 
     def _answer(self, method: str, run: Callable[[Any], Any]) -> Any:
         """Run one method of the site; nothing but a safe line leaves when it fails."""
+        self._heard = time.monotonic()
         try:
             if self._site is None:
                 self._site = self._make()
@@ -80,6 +104,7 @@ class SiteActor:
 
 
 _with_options: Any = ray.remote  # its stubs do not know concurrency groups
+# No restarts by Ray: a coordinator would not learn of them, and `join` has to make new ones anyway when a node returns.
 StoreActor: Any = _with_options(concurrency_groups={"control": 2}, max_restarts=0, max_task_retries=0)(SiteActor)
 
 
@@ -96,58 +121,98 @@ def _end_process(process: int) -> None:
     os.kill(process, signal.SIGKILL)
 
 
+@ray.remote(num_cpus=0, max_retries=0)
+def _end_holder(store: str, run: str) -> None:
+    """The same for a process whose id only its node knows."""
+    from raypipe.store.runs import end_holder
+
+    end_holder(stores_home() / store, run)
+
+
 class StoreClient:
     """The coordinator's side of one store: the protocol, with Ray's errors told as ours.
 
-    An actor that ended is not restarted by Ray; `join` makes a new one, so that there is one way back for a store
-    whose process, node or link was gone.
+    An actor that ended is not restarted by Ray; `join` finds the one that is there or makes a new one, so that there
+    is one way back for a store whose process, node, link or coordinator was gone. Once a store says that a newer
+    coordinator has the run, this side lets go of the actor and never ends it.
     """
 
     def __init__(self, store: Store, run: str, epoch: int, code: str) -> None:
         self.store = store
-        self._name = f"{run}/{store.id}/{epoch}/{code[:8]}-{secrets.token_hex(2)}"
-        self._lives = 0
+        self._run, self._epoch = run, epoch
+        self._name = f"store/{run}/{store.id}/{code[:8]}"
         self._actor: Any = None
         self._process: int | None = None
 
     async def join(self) -> msg.Card:
-        """Make the actor and hear who it is; waits for as long as no node offers the store's resource."""
-        self._lives, self._process = self._lives + 1, None
-        options = store_options(self.store.id, self.store.cpus, self.store.gpus)
-        name = f"{self._name}/{self._lives}"
-        self._actor = StoreActor.options(name=name, namespace=NAMESPACE, **options).remote(
-            self.store.id, self.store.cpus, self.store.gpus, self.store.slowdown
-        )
-        card = msg.expect(msg.Card, await self._ask("describe"))
+        """Find the actor or make it, and hear who it is; waits for as long as no node offers the store's resource.
+
+        An actor that trains answers when its ticket is finished. Raises StoreError, StoreSuperseded.
+        """
+        self._process = None
+        self._actor = await self._found() or self._made()
+        waiting = asyncio.create_task(_stay(self._actor))
+        try:
+            card = self._expect(msg.Card, await self._ask("describe", self._run, self._epoch))
+        finally:
+            waiting.cancel()
         self._process = card.process
         return card
 
+    async def _found(self) -> Any:
+        """The actor that an earlier coordinator, or this one, has left; one that does not answer is ended."""
+        try:
+            actor = ray.get_actor(self._name, namespace=NAMESPACE)
+        except ValueError:
+            return None
+        with suppress(TimeoutError, rex.RayError):
+            async with asyncio.timeout(ANSWER_S):
+                await actor.heartbeat.remote()
+            return actor
+        ending = _end_holder.options(resources=self._pin()).remote(self.store.id, self._run)
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                await ending
+        except (TimeoutError, rex.RayError):
+            ray.cancel(ending)  # its node is away: run later, it would end a process that is well
+        ray.kill(actor)
+        return None
+
+    def _made(self) -> Any:
+        store = self.store
+        options = store_options(store.id, store.cpus, store.gpus)
+        named = {"name": self._name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+        return StoreActor.options(**named, **options).remote(store.id, store.cpus, store.gpus, store.slowdown)
+
+    def _pin(self) -> Any:
+        return store_options(self.store.id, 0, 0)["resources"]
+
     async def train(self, ticket: msg.Ticket, plan: bytes, weights: Any) -> msg.Report:
         """Raises StoreError; the weights are an object reference, fetched once a node."""
-        return msg.expect(msg.Report, await self._ask("train", msg.encode(ticket), plan, weights))
+        return self._expect(msg.Report, await self._ask("train", msg.encode(ticket), plan, weights))
 
     async def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray:
         """The encoded update, read-only in shared memory. Raises StoreError."""
-        answer = await self._ask("collect", ticket, how)
+        answer = await self._ask("collect", ticket, how, self._run, self._epoch)
         if isinstance(answer, bytes):
-            msg.expect(msg.Report, answer)  # a Refusal, raised
+            self._expect(msg.Report, answer)  # a Refusal, raised
         if type(answer) is not np.ndarray:
             raise StoreError(f"store {self.store.id}: an array was expected, a {type(answer).__name__} came")
         return answer
 
     async def evaluate(self, plan: bytes, weights: Any, split: str) -> msg.Evaluation:
         """Raises StoreError."""
-        return msg.expect(msg.Evaluation, await self._ask("evaluate", plan, weights, split))
+        return self._expect(msg.Evaluation, await self._ask("evaluate", plan, weights, split, self._epoch))
 
     def settle(self, verdict: msg.Verdict) -> None:
         """Tell; nothing is awaited."""
         if self._actor is not None:
-            self._actor.settle.remote(msg.encode(verdict))
+            self._actor.settle.remote(msg.encode(replace(verdict, run=self._run, epoch=self._epoch)))
 
     def control(self, ticket: str, command: msg.Command) -> None:
         """Tell; seen within a batch."""
         if self._actor is not None:
-            self._actor.control.remote(ticket, command)
+            self._actor.control.remote(ticket, command, self._run, self._epoch)
 
     async def watch(self, heartbeat_s: float) -> tuple[bool, str]:
         """Wait until the store is gone or silent: (is it silent, why)."""
@@ -179,9 +244,15 @@ class StoreClient:
             return
         actor, self._actor = self._actor, None
         if self._process is not None:
-            resources = store_options(self.store.id, 0, 0)["resources"]
-            _end_process.options(resources=resources).remote(self._process)
+            _end_process.options(resources=self._pin()).remote(self._process)
         ray.kill(actor)
+
+    def _expect(self, kind: type[M], answer: bytes) -> M:
+        try:
+            return msg.expect(kind, answer)
+        except StoreSuperseded:
+            self._actor = None
+            raise
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
         if self._actor is None:
@@ -192,6 +263,14 @@ class StoreClient:
             raise StoreUnreachable(f"store {self.store.id}: {_why(error)}") from None
         except rex.RayError as error:
             raise StoreError(f"store {self.store.id}: {type(error).__name__} in {method}") from None
+
+
+async def _stay(actor: Any) -> None:
+    """Be heard by an actor that is busy, so that it does not think itself alone."""
+    while True:
+        await asyncio.sleep(ORPHAN_S / 8)
+        with suppress(rex.RayError):
+            await actor.heartbeat.remote()
 
 
 def _why(error: BaseException) -> str:

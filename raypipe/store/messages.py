@@ -3,15 +3,19 @@
 Plain, versioned messages. Each is a frozen dataclass that travels as msgpack: names and numbers, never code and
 never pickle. Vectors travel beside a message as raw little-endian float32. One conversation about a ticket:
 
-    describe()                              -> Card
+    describe(run, epoch)                    -> Card        with the tickets of the run that wait there
     train(ticket, plan, weights)            -> Report      the update stays at the store
-    collect(ticket, how)                    -> vector      the update, encoded
-    settle(ticket, verdict)                 -> None        folded into a version, or refused because ...
-    evaluate(plan, weights, split)          -> Evaluation
-    control(ticket, command)                -> None        seen within a batch
+    collect(ticket, how, run, epoch)        -> vector      the update, encoded
+    settle(verdict)                         -> None        folded into a version, or refused because ...
+    evaluate(plan, weights, split, epoch)   -> Evaluation
+    control(ticket, command, run, epoch)    -> None        seen within a batch
 
 Training and handing over are two steps, so that transfers are timed apart from training and an update outlives
-the coordinator that asked for it.
+the coordinator that asked for it: one that comes back asks `describe` what waits, and collects that. A ticket sent
+again gives the report that waits, or is trained again from its base with its seed.
+
+Every call bears the epoch of its coordinator. A store that has heard of a newer one for the same run refuses it:
+superseded. Epochs count from 1; 0 is no coordinator's, and is not refused.
 """
 
 from __future__ import annotations
@@ -23,9 +27,9 @@ from typing import Any, Literal, TypeAlias, TypeVar, cast
 import msgpack
 from pydantic import TypeAdapter, ValidationError
 
-from raypipe.errors import StoreError, StoreRefused
+from raypipe.errors import StoreError, StoreRefused, StoreSuperseded
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 Part: TypeAlias = dict[str, Any]  # a part's name and its settings, as in the configuration
 Command: TypeAlias = Literal["stop", "pause", "resume"]
@@ -47,6 +51,7 @@ class Card:
     data_hashes: dict[str, str]  # data set name -> content hash
     limits: dict[str, float]  # max_examples, max_seconds, max_upload_bytes
     data_bytes: dict[str, int] = field(default_factory=dict)  # data set name -> bytes on disk
+    outbox: tuple[str, ...] = ()  # tickets of the run asked about that wait to be settled, the oldest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,8 @@ class Verdict:
     ticket: str
     version: int | None  # folded into this version, or None
     reason: str = ""
+    run: str = ""
+    epoch: int = 0  # the coordinator's epoch, for fencing
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +133,7 @@ class Refusal:
     """A store's no, or its accident; one line that holds nothing of its data."""
 
     store: str
-    kind: Literal["refused", "failed"]
+    kind: Literal["refused", "failed", "superseded"]
     reason: str
     ticket: str = ""
 
@@ -175,8 +182,8 @@ def expect(kind: type[M], raw: bytes) -> M:
 
 def refusal_error(refusal: Refusal) -> StoreError:
     """A Refusal as an exception of this side."""
-    error = StoreRefused if refusal.kind == "refused" else StoreError
-    return error(f"store {refusal.store}: {refusal.reason}")
+    kinds = {"refused": StoreRefused, "superseded": StoreSuperseded, "failed": StoreError}
+    return kinds[refusal.kind](f"store {refusal.store}: {refusal.reason}")
 
 
 @lru_cache(maxsize=len(_KINDS))

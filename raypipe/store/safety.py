@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Literal
 
-from raypipe.errors import ConfigError, RaypipeError, StoreError, StoreRefused
+from raypipe.errors import ConfigError, RaypipeError, StoreError, StoreRefused, StoreSuperseded
 from raypipe.store.messages import Refusal
 
 FILE = "site.log"
@@ -44,5 +45,9 @@ def refusal(error: BaseException, store: str, method: str, log: logging.Logger, 
     """An exception as a message; what may not leave the store goes to its own log."""
     if not isinstance(error, RaypipeError):
         log.error("%s %s", method, ticket_id, exc_info=error)
-    final = isinstance(error, (StoreRefused, ConfigError))
-    return Refusal(store, "refused" if final else "failed", safe_reason(error, method), ticket_id)
+    kind: Literal["refused", "failed", "superseded"] = "failed"
+    if isinstance(error, StoreSuperseded):
+        kind = "superseded"
+    elif isinstance(error, (StoreRefused, ConfigError)):
+        kind = "refused"
+    return Refusal(store, kind, safe_reason(error, method), ticket_id)

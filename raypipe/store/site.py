@@ -4,13 +4,14 @@
     collect    the update, encoded, as often as it is asked for
     settle     the update is forgotten; the optimizer's state is kept only if the update became part of a version
 
+What has to outlive the process lies in the outbox, see outbox.py; it is read when a run is first spoken of.
+
 `control` is called from another thread. What a Site raises on purpose is safe to send; for anything else see
 `Site.refusal`, which keeps the details on the store's own disk.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import time
@@ -30,7 +31,9 @@ from raypipe.models import models
 from raypipe.store.batches import Images
 from raypipe.store.messages import PROTOCOL, Card, Command, Evaluation, Part, Plan, Refusal, Report, Ticket, Verdict
 from raypipe.store.optimizers import optimizers
+from raypipe.store.outbox import Outbox, Point, open_outbox
 from raypipe.store.policy import Limits, read_policy
+from raypipe.store.runs import tidy
 from raypipe.store.safety import refusal, site_log
 from raypipe.store.schedules import schedules
 from raypipe.store.shelf import Learner, Shelf
@@ -40,22 +43,27 @@ from raypipe.tasks import tasks
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 CACHE_BYTES = 2 << 30  # decoded images of a data set that are kept in memory
-OUTBOX = 8  # updates that wait to be settled; a coordinator that forgot older ones has lost them
 EARLY = 64  # commands kept for tickets that have not begun
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
-    """A ticket's result until it is settled; `state` of the optimizer is kept under `key` if it is folded."""
+class Admitted:
+    """A ticket that was admitted, with all that it needs."""
 
-    report: Report
-    update: Array
-    key: str
-    state: dict[str, Any] | None
+    ticket: Ticket
+    plan: Plan
+    weights: Array
+    learner: Learner
+    images: Images
+    limits: Limits
+    control: Control
 
 
 class Site:
-    """One store. `cpus` sets torch's threads of this process, `gpus` caps its share of the GPU's memory."""
+    """One store. `cpus` sets torch's threads of this process, `gpus` caps its share of the GPU's memory.
+
+    `wall` gives seconds since the epoch; `point` is told of each step to the disk.
+    """
 
     def __init__(
         self,
@@ -66,6 +74,8 @@ class Site:
         slowdown: float = 1.0,
         node: str = "",
         clock: Clock = time.monotonic,
+        wall: Clock = time.time,
+        point: Point = lambda done: None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.policy = read_policy(home)
@@ -75,16 +85,27 @@ class Site:
         self._device = self._take_device()
         self._shelf = Shelf(self.policy, self._device, threads=self._threads, cache_bytes=cache_bytes)
         self._log = site_log(home, self.store)
-        self._outbox: OrderedDict[str, Pending] = OrderedDict()
-        self._kept: dict[str, dict[str, Any]] = {}  # optimizer states, by run and plan
-        self._epochs: dict[str, int] = {}
+        self._home, self._point = home, point
+        self._outboxes: dict[str, Outbox] = {}
+        self._opening = Lock()
         self._work = Lock()  # one ticket or evaluation at a time
         self._flags = Lock()
         self._current: tuple[str, Control] | None = None
         self._early: OrderedDict[str, Command] = OrderedDict()
+        tidy(home, wall(), self._log)
 
-    def describe(self) -> Card:
-        """Opens every data set of the policy; one that cannot be read is left out, and refused when asked for."""
+    def close(self) -> None:
+        """Let another process have this one's runs."""
+        for outbox in self._outboxes.values():
+            outbox.close()
+        self._outboxes.clear()
+
+    def describe(self, run: str = "", epoch: int = 0) -> Card:
+        """Opens every data set of the policy; one that cannot be read is left out, and refused when asked for.
+
+        Raises StoreSuperseded; StoreError when another process of this store is at work on the run.
+        """
+        waiting = self._fenced(run, epoch).tickets() if run else ()
         data = {}
         for name in self.policy.data:
             try:
@@ -104,26 +125,31 @@ class Site:
             data_hashes={name: opened.content_hash for name, opened in data.items()},
             limits=self.policy.limits(),
             data_bytes={name: self._shelf.num_bytes(name) for name in data},
+            outbox=waiting,
         )
 
     def train(self, ticket: Ticket, plan: Plan, weights: Array) -> Report:
         """The update stays in the outbox. A ticket that waits there already gives the same report again."""
         with self._work:
-            self._fence(plan.run, ticket.epoch)
-            if ticket.id in self._outbox:
-                return self._outbox[ticket.id].report
+            outbox = self._fenced(plan.run, ticket.epoch)
+            if (waiting := outbox.report(ticket.id)) is not None:
+                return waiting
             limits = self.policy.admit(ticket, plan)
             learner = self._shelf.learner(plan, weights)
             images = self._shelf.images(plan, learner.task, "train")
             with self._controlled(ticket.id) as control:
-                return self._train(ticket, plan, weights, learner, images, limits, control)
+                admitted = Admitted(ticket, plan, weights, learner, images, limits, control)
+                return self._judged(admitted) if ticket.judge is not None else self._finished(admitted, outbox)
 
-    def collect(self, ticket_id: str, how: list[Part]) -> Array:
-        """The update through this chain of codecs; with none, the float32 vector itself, not a copy."""
-        pending = self._outbox.get(ticket_id)
-        if pending is None:
-            raise StoreRefused("no update waits for this ticket: it was settled, lost in a restart, or never made")
-        encoded = pending.update
+    def collect(self, ticket_id: str, how: list[Part], run: str = "", epoch: int = 0) -> Array:
+        """The update through this chain of codecs; with none, the float32 vector itself, not a copy.
+
+        It is whole until its ticket is settled. Raises StoreRefused, StoreSuperseded.
+        """
+        outbox = self._asked(ticket_id, run, epoch)
+        encoded = outbox.update(ticket_id) if outbox is not None else None
+        if encoded is None:
+            raise StoreRefused("no update waits for this ticket: it was settled, dropped, or never made")
         if how:
             from raypipe.update.codec import encode_chain
 
@@ -135,13 +161,15 @@ class Site:
 
     def settle(self, verdict: Verdict) -> None:
         """Forget the update; commit the optimizer's state if it was folded. Settling twice does nothing."""
-        pending = self._outbox.pop(verdict.ticket, None)
-        if pending is not None and pending.state is not None and verdict.version is not None:
-            self._kept[pending.key] = pending.state
+        outbox = self._asked(verdict.ticket, verdict.run, verdict.epoch)
+        if outbox is not None:
+            outbox.settle(verdict.ticket, verdict.version is not None)
 
-    def evaluate(self, plan: Plan, weights: Array, split: str) -> Evaluation:
-        """Sums over a split. Raises StoreRefused."""
+    def evaluate(self, plan: Plan, weights: Array, split: str, epoch: int = 0) -> Evaluation:
+        """Sums over a split. Raises StoreRefused, StoreSuperseded."""
         with self._work:
+            if epoch:
+                self._fenced(plan.run, epoch)
             self.policy.check(plan)
             learner = self._shelf.learner(plan, weights)
             learner.model.load(weights)
@@ -151,8 +179,14 @@ class Site:
             raise StoreRefused("the evaluation was stopped")
         return evaluation
 
-    def control(self, ticket_id: str, command: Command) -> None:
-        """Seen within a batch; "" and "*" mean what runs now. A ticket that has not begun yet obeys as it begins."""
+    def control(self, ticket_id: str, command: Command, run: str = "", epoch: int = 0) -> None:
+        """Seen within a batch; "" and "*" mean what runs now. A ticket that has not begun yet obeys as it begins.
+
+        A coordinator that is superseded is not listened to.
+        """
+        known = self._outboxes.get(run)
+        if known is not None and 0 < epoch < known.epoch:
+            return
         with self._flags:
             if self._current is not None and ticket_id in ("", "*", self._current[0]):
                 self._current[1].give(command)
@@ -171,48 +205,47 @@ class Site:
             return None
         return self._evaluate(plan, learner, split, control)
 
-    def _train(
-        self,
-        ticket: Ticket,
-        plan: Plan,
-        weights: Array,
-        learner: Learner,
-        images: Images,
-        limits: Limits,
-        control: Control,
-    ) -> Report:
-        model, task = learner.model, learner.task
-        model.load(weights)
+    def _finished(self, asked: Admitted, outbox: Outbox) -> Report:
+        """The ticket trained, its update in the outbox; room for it is made first, so that no work is lost for lack."""
+        ticket, plan, model = asked.ticket, asked.plan, asked.learner.model
+        model.load(asked.weights)
         evaluation = None
-        if ticket.evaluate is not None and ticket.judge is None:
-            evaluation = self._judge_base(plan, learner, ticket.evaluate, control)
+        if ticket.evaluate is not None:
+            evaluation = self._judge_base(plan, asked.learner, ticket.evaluate, asked.control)
         optimizer = optimizers.build(plan.optimizer)(model.trained)
         key = json.dumps([plan.run, plan.layout, plan.optimizer], sort_keys=True)
-        if plan.keep_optimizer and key in self._kept:
-            optimizer.load_state_dict(copy.deepcopy(self._kept[key]))  # a refused ticket must not have changed it
-        work = Work(
-            seed=ticket.seed,
-            lr=plan.lr,
-            schedule=schedules.build(plan.schedule),
-            progress=ticket.progress,
-            limits=limits,
-            slowdown=1.0 if ticket.judge is not None else self._slowdown,
-        )
-        outcome = train(model, task, images, optimizer, work, control, self._clock)
-        if ticket.judge is not None:
-            judged = self._evaluate(plan, learner, ticket.judge, control)
-            return self._report(ticket, images, outcome, 0, judged)
-        update = model.update(weights)
-        with np.errstate(all="ignore"):
-            finite = np.isfinite(update.sum())
-        if not finite:
-            raise StoreError(f"the update is not finite after {outcome.steps} steps; lower lr")
-        report = self._report(ticket, images, outcome, update.nbytes, evaluation)
-        state = optimizer.state_dict() if plan.keep_optimizer else None
-        self._outbox[ticket.id] = Pending(report, update, key, state)
-        while len(self._outbox) > OUTBOX:
-            self._outbox.popitem(last=False)
+        if plan.keep_optimizer and (kept := outbox.kept(key)) is not None:
+            optimizer.load_state_dict(kept)
+        with outbox.room(4 * model.layout.update_size) as slot:
+            outcome = self._trained(asked, optimizer, self._slowdown)
+            update = model.update(asked.weights, out=slot.floats)
+            with np.errstate(all="ignore"):
+                finite = np.isfinite(update.sum())
+            if not finite:
+                raise StoreError(f"the update is not finite after {outcome.steps} steps; lower lr")
+            report = self._report(ticket, asked.images, outcome, update.nbytes, evaluation)
+            outbox.put(report, slot, key, optimizer.state_dict() if plan.keep_optimizer else None)
         return report
+
+    def _judged(self, asked: Admitted) -> Report:
+        """The ticket trained and its result evaluated; nothing of it is kept."""
+        asked.learner.model.load(asked.weights)
+        optimizer = optimizers.build(asked.plan.optimizer)(asked.learner.model.trained)
+        outcome = self._trained(asked, optimizer, slowdown=1.0)
+        assert asked.ticket.judge is not None
+        judged = self._evaluate(asked.plan, asked.learner, asked.ticket.judge, asked.control)
+        return self._report(asked.ticket, asked.images, outcome, 0, judged)
+
+    def _trained(self, asked: Admitted, optimizer: torch.optim.Optimizer, slowdown: float) -> Outcome:
+        work = Work(
+            seed=asked.ticket.seed,
+            lr=asked.plan.lr,
+            schedule=schedules.build(asked.plan.schedule),
+            progress=asked.ticket.progress,
+            limits=asked.limits,
+            slowdown=slowdown,
+        )
+        return train(asked.learner.model, asked.learner.task, asked.images, optimizer, work, asked.control, self._clock)
 
     def _report(
         self, ticket: Ticket, images: Images, outcome: Outcome, update_bytes: int, evaluation: Evaluation | None
@@ -240,11 +273,20 @@ class Site:
             return None
         return Evaluation(self.store, split, result[1], result[0], self._clock() - start)
 
-    def _fence(self, run: str, epoch: int) -> None:
-        newest = max(epoch, self._epochs.get(run, epoch))
-        if epoch < newest:
-            raise StoreRefused(f"epoch {epoch} of this run is over, epoch {newest} has begun")
-        self._epochs[run] = newest
+    def _fenced(self, run: str, epoch: int) -> Outbox:
+        """The run's outbox, for a coordinator of this epoch. Raises StoreSuperseded."""
+        with self._opening:
+            if run not in self._outboxes:
+                self._outboxes[run] = open_outbox(self._home, run, self._log, self._point)
+        if epoch:
+            self._outboxes[run].fence(epoch)
+        return self._outboxes[run]
+
+    def _asked(self, ticket_id: str, run: str, epoch: int) -> Outbox | None:
+        """The outbox of the run, or the one where the ticket waits."""
+        if run:
+            return self._fenced(run, epoch)
+        return next((o for o in list(self._outboxes.values()) if o.report(ticket_id) is not None), None)
 
     @contextmanager
     def _controlled(self, ticket_id: str) -> Iterator[Control]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -11,12 +12,15 @@ import numpy as np
 
 from raypipe.errors import ConfigError, RunError
 from raypipe.ledger.keys import digest
+from raypipe.models.tensors import vector_from
 from raypipe.placement.homes import raypipe_home
 from raypipe.tracking.journal import Journal
 from raypipe.tracking.lineage import model_card
 from raypipe.tracking.records import Kind, RunStarted
-from raypipe.tracking.versions import Retention, VersionStore
+from raypipe.tracking.versions import Retention, VersionStore, save_state
 from raypipe.types import Layout
+
+REMEMBERED = 10_000  # tickets of which the version is known without a look into the journal
 
 
 def run_folder(run: str, home: Path | None = None) -> Path:
@@ -44,26 +48,65 @@ class RunBook:
         self._journal = Journal(folder / "journal.sqlite", write=True)
         self._last, self._every, self._wall = keep_last, keep_every, wall
         self._started: RunStarted | None = None
+        self._kept: set[str] = set()
+        self._folded: dict[str, int] = {}
 
     def record(self, kind: str, body: Mapping[str, Any]) -> None:
         """Durable when it returns. Raises RunError."""
         self._journal.append(cast(Kind, kind), body, self._wall())
+        self._remember(kind, body)
+
+    def _remember(self, kind: str, body: Mapping[str, Any]) -> None:
         if kind == "run_started":
             self._started = cast(RunStarted, body)
+        elif kind == "weights_kept":
+            self._kept.add(body["file"])
+        elif kind == "version_published":
+            self._folded |= {c["ticket"]: body["version"] for c in body["contributions"]}
+            for ticket in list(self._folded)[:-REMEMBERED]:
+                del self._folded[ticket]
+        elif kind == "version_withdrawn":
+            self._folded = {t: v for t, v in self._folded.items() if v != body["version"]}
 
     def hash(self, vector: np.ndarray) -> str:
         """A version's content hash: `b3:` and 64 hex digits, of the float32 values in the order of the layout."""
         return digest(vector)
 
-    def keep(self, version: int, vector: np.ndarray, layout: Layout) -> None:
-        """Write a version's weights with what they belong to, durably, then that they are there. Raises RunError."""
+    def write(self, version: int, vector: np.ndarray, layout: Layout, state: Mapping[str, np.ndarray]) -> None:
+        """A version's weights with what they belong to, and the server transform's state, so that they outlive this
+        process. Raises RunError."""
         card = model_card(self._started, version) if self._started else {}
-        stored = self.versions.write(version, vector, layout, card)
-        self.record("weights_kept", {"version": version, **asdict(stored)})
+        self.versions.write(version, vector, layout, card)
+        if state:
+            save_state(self.folder, version, state)
+
+    def keep(self, version: int) -> None:
+        """Have what was written on the disk, then write down that it is there. Raises RunError."""
+        stored = self.versions.keep(version)
+        if stored.file not in self._kept:
+            self.record("weights_kept", {"version": version, **asdict(stored)})
+
+    def read(self, version: int, layout: Layout) -> np.ndarray:
+        """A version's vector. Raises ConfigError where its weights are gone, RunError where they are damaged."""
+        return vector_from(layout, self.versions.read(version))
+
+    def folded_into(self, ticket: str) -> int | None:
+        """The version that a ticket's update became part of."""
+        return self._folded.get(ticket)
+
+    def past(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What was recorded so far."""
+        for record in self._journal.read():
+            yield record.kind, record.body
+            self._remember(record.kind, record.body)
 
     def prune(self, in_use: frozenset[int], best: int | None) -> None:
         """Remove the weights that the rule does not keep and nobody needs."""
         self.versions.prune(Retention(self._last, self._every, best, in_use))
+
+    def room(self) -> int:
+        """Free bytes on the run's disk."""
+        return shutil.disk_usage(self.folder).free
 
     def close(self) -> None:
         """Idempotent."""

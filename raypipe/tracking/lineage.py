@@ -61,6 +61,9 @@ class History:
                 self.versions[body["version"]] = body
             case "weights_kept":
                 self.weights[body["version"]] = body
+            case "version_withdrawn":
+                for known in (self.versions, self.weights, self.evaluations):
+                    known.pop(body["version"], None)
             case "evaluated":
                 self.evaluations.setdefault(body["version"], {})[body["split"]] = (record.at, body)
                 self.best = body["version"] if body["best"] else self.best

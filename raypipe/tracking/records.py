@@ -20,6 +20,7 @@ Kind: TypeAlias = Literal[
     "update_rejected",
     "version_published",
     "weights_kept",
+    "version_withdrawn",
     "evaluated",
     "final",
     "run_finished",
@@ -34,6 +35,7 @@ KINDS: tuple[Kind, ...] = (
     "update_rejected",
     "version_published",
     "weights_kept",
+    "version_withdrawn",
     "evaluated",
     "final",
     "run_finished",
@@ -128,6 +130,13 @@ class WeightsKept(TypedDict):
     file: str  # its name in the version store, no folder
     hash: str  # blake3 of the file
     num_bytes: int
+
+
+class VersionWithdrawn(TypedDict):
+    """The newest version's weights were lost before they were on the disk; another will have its number."""
+
+    version: int
+    reason: str
 
 
 class StoreScore(TypedDict):

@@ -1,8 +1,8 @@
 """The weights of a run's versions, one safetensors file each, and which of them are kept.
 
 A file's name holds its version and the first 12 digits of its blake3, so a half-written or altered file cannot
-pass for a version. It appears under that name only when it is whole and on the disk. What was removed here is
-still in the journal: lineage is kept for ever, weights by rule.
+pass for a version. It appears under that name only when it is whole and on the disk; before, it is a `.part`. What
+was removed here is still in the journal: lineage is kept for ever, weights by rule.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from raypipe.errors import ConfigError, RunError
-from raypipe.models.tensors import Array, state_dict_from
+from raypipe.ledger.keys import digest
+from raypipe.models.tensors import Array, state_dict_from, vector_from
 from raypipe.types import Layout
 
 FOLDER = "versions"
 HEADER = "raypipe"  # the key of our metadata in a file's header
 DIGITS = 12
+STATE = "state-v{:05d}.safetensors"
 
 Tensors: TypeAlias = dict[str, Array]
 
@@ -59,31 +61,52 @@ class VersionStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def write(self, version: int, vector: Array, layout: Layout, metadata: Mapping[str, object]) -> Stored:
-        """Durable when it returns. `metadata` goes into the header (`lineage.model_card`).
+    def write(self, version: int, vector: Array, layout: Layout, metadata: Mapping[str, object]) -> None:
+        """Outlives this process when it returns, and the machine after `keep`. `metadata` goes into the header.
 
-        A file of the same version that a crash left unpublished is replaced. The library writes straight from the
-        vector (one pass, no copy) and the hash is taken from the page cache: as fast as writing the format by hand.
-        Raises RunError when the disk is full.
+        The library writes straight from the vector: one pass, no copy. Raises RunError when the disk is full.
         """
-        part = self.folder / f"v{version:05d}.part"
+        part = self._part(version)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(state_dict_from(layout, vector), part, metadata={HEADER: json.dumps(metadata, sort_keys=True)})
-            digest = _digest(part)
-            with part.open("rb") as file:
-                num_bytes = os.fstat(file.fileno()).st_size
-                os.fsync(file.fileno())
-            final = self.folder / f"v{version:05d}-{digest[:DIGITS]}.safetensors"
-            part.rename(final)
-            for stale in self._files(version):
-                if stale != final:
-                    stale.unlink(missing_ok=True)
-            _sync_folder(self.folder)
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)
             raise RunError(f"version {version} could not be written: {_reason(error)}") from None
-        return Stored(final.name, digest, num_bytes)
+
+    def keep(self, version: int) -> Stored:
+        """Durable when it returns, under its final name; what was written of this version before is replaced.
+
+        It may be repeated. Raises RunError.
+        """
+        part, there = self._part(version), self._files(version)
+        try:
+            if not part.is_file() and len(there) == 1:
+                return Stored(there[0].name, _digest(there[0]), there[0].stat().st_size)
+            found = _digest(part)
+            with part.open("rb") as file:
+                num_bytes = os.fstat(file.fileno()).st_size
+                os.fsync(file.fileno())
+            final = self.folder / f"v{version:05d}-{found[:DIGITS]}.safetensors"
+            part.rename(final)
+            for stale in there:
+                if stale != final:
+                    stale.unlink(missing_ok=True)
+            _sync_folder(self.folder)
+        except OSError as error:
+            raise RunError(f"version {version} could not be kept: {_reason(error)}") from None
+        return Stored(final.name, found, num_bytes)
+
+    def recover(self, version: int, layout: Layout, content_hash: str) -> Array | None:
+        """A version's vector, also of one that was written and not kept yet; None where it is lost or damaged."""
+        for file in (*self._files(version), self._part(version)):
+            try:
+                vector = vector_from(layout, load_file(file))
+            except (OSError, SafetensorError, ConfigError):
+                continue
+            if digest(vector) == content_hash:
+                return vector
+        return None
 
     def path(self, version: int) -> Path:
         """The file of a version. Raises ConfigError naming the nearest kept ones when its weights are gone."""
@@ -99,9 +122,9 @@ class VersionStore:
         Raises ConfigError when the weights are gone, RunError when the file was altered.
         """
         file = self.path(version)
-        digest = _digest(file)
-        if digest[:DIGITS] != file.stem.partition("-")[2] or expected not in (None, digest):
-            raise RunError(f"the weights of version {version} are damaged: {file.name} has hash {digest[:DIGITS]}")
+        found = _digest(file)
+        if found[:DIGITS] != file.stem.partition("-")[2] or expected not in (None, found):
+            raise RunError(f"the weights of version {version} are damaged: {file.name} has hash {found[:DIGITS]}")
         return dict(load_file(file))
 
     def kept(self) -> list[int]:
@@ -130,6 +153,9 @@ class VersionStore:
                     file.unlink(missing_ok=True)
         return removed
 
+    def _part(self, version: int) -> Path:
+        return self.folder / f"v{version:05d}.part"
+
     def _files(self, version: int) -> list[Path]:
         return list(self.folder.glob(f"v{version:05d}-*.safetensors"))
 
@@ -145,9 +171,39 @@ def read_file(file: Path) -> tuple[Tensors, dict[str, Any]]:
         raise ConfigError(f"{file.name} is no readable safetensors file: {_reason(error)}") from None
 
 
+def save_state(folder: Path, version: int, state: Mapping[str, Array]) -> None:
+    """The server transform's state after a version, beside its weights; the newest two are kept. Raises RunError."""
+    file = folder / STATE.format(version)
+    try:
+        save_file(dict(state), file.with_suffix(".part"), metadata={"hash": _of_tensors(state)})
+        file.with_suffix(".part").rename(file)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"the state after version {version} could not be written: {_reason(error)}") from None
+    for old in sorted(folder.glob(STATE.format(0).replace("00000", "*")))[:-2]:
+        old.unlink(missing_ok=True)
+
+
+def read_state(folder: Path, version: int) -> Tensors | None:
+    """The server transform's state after a version; None where it is lost or damaged."""
+    try:
+        with safe_open(folder / STATE.format(version), "np") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
+            return tensors if (opened.metadata() or {}).get("hash") == _of_tensors(tensors) else None
+    except (OSError, SafetensorError):
+        return None
+
+
+def _of_tensors(tensors: Mapping[str, Array]) -> str:
+    return "".join(digest(tensors[name]) for name in sorted(tensors))
+
+
 def _digest(file: Path) -> str:
     """blake3 of a file: 64 hex digits, as `b3sum` prints them."""
-    return blake3().update_mmap(file).hexdigest()
+    hasher, block = blake3(), bytearray(1 << 20)  # not mapped: its pages would count as this process's memory
+    with file.open("rb", buffering=0) as opened:
+        while size := opened.readinto(block):
+            hasher.update(memoryview(block)[:size])
+    return hasher.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

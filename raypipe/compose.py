@@ -1,0 +1,220 @@
+"""All parts of one run, put together; a run that died is taken up where it was left.
+
+With run.py and cli.py the only file that knows all rooms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raypipe.config.load import to_dict
+from raypipe.config.schema import RunConfig
+from raypipe.coordinator.actions import Action
+from raypipe.coordinator.board import Board
+from raypipe.coordinator.composition import Composition
+from raypipe.coordinator.diary import Diary
+from raypipe.coordinator.machine import Coordinator
+from raypipe.coordinator.resume import bring_back
+from raypipe.coordinator.shell import Shell
+from raypipe.errors import RunError
+from raypipe.placement.homes import raypipe_home
+from raypipe.run import policy_of
+from raypipe.store.messages import Plan
+from raypipe.tasks import tasks
+from raypipe.tracking.book import RunBook
+from raypipe.tracking.journal import FILE
+from raypipe.tracking.versions import read_state
+from raypipe.types import Layout
+
+if TYPE_CHECKING:
+    from raypipe.aggregation.global_model import GlobalModel
+
+GRACE_S = 60.0  # for the stores to return after the coordinator did
+
+
+def compose(
+    config: dict[str, Any],
+    run: str,
+    *,
+    home: str | None,
+    put: Callable[[np.ndarray], Any],
+    must_exist: bool = False,
+) -> Composition:
+    """All parts of a run, in the process that will coordinate it. `put` makes weights fetchable.
+
+    A run whose folder is there already is taken up where it was left. Raises RaypipeError.
+    """
+    from raypipe.aggregation.global_model import GlobalModel
+    from raypipe.aggregation.transforms import transforms
+    from raypipe.models.flat import initial
+
+    said = RunConfig.model_validate(config)
+    place = Path(home) if home else raypipe_home()
+    task = tasks.build(said.task)
+    layout, vector = initial(said.model, task.num_outputs, task.channels, task.image_size, said.seed)
+    folder = place / "runs" / run
+    there = (folder / FILE).is_file()
+    if must_exist and not there:
+        raise RunError(f"no run named {run!r} on the coordinator's machine, in {folder.parent}")
+    threads = None if said.local is None else 1  # on one machine the cores belong to the stores
+    transform = transforms.build(said.server)
+    model = GlobalModel(layout, vector, transform, how=said.update, normalise=said.pacing.normalise, threads=threads)
+    every = (said.track.keep_every, said.track.log_model_every)
+    book = RunBook(folder, said.track.keep_last, every, time.time)
+    board, diary, code, plan = Board(said.evaluate.metric), Diary(folder), code_hash(), _plan(said, run, layout)
+    past = _past(book, board) if there else _Past()
+    again = bool(past.versions)  # else it died before its first version, or is new
+    if said.warm_start and not again:
+        from raypipe.tracking.registry import load_weights
+
+        model.restore(load_weights(said.warm_start, layout), model.state)
+    machine = _machine(said if past.config is None else RunConfig.model_validate(past.config))
+    first: list[Action] = []
+    if again:
+        first = _take_up(past, machine, diary, book, model)
+        machine.policy = policy_of(said)
+    clock = _clock(machine.memory().now)
+    epochs = said.train.local_epochs
+    if epochs is None and said.train.local_steps is None and said.pace != "paced":
+        epochs = 1.0
+    shell = Shell(
+        run=run,
+        seed=said.seed,
+        epoch=past.epoch + 1,
+        plan=plan,
+        how=said.update,
+        max_epochs=epochs,
+        max_steps=said.train.local_steps,
+        model=model,
+        book=book,
+        diary=diary,
+        memory=machine.memory,
+        board=board,
+        put=put,
+        clock=clock,
+        wall=time.time,
+    )
+    shell.record("run_started", _started(said, run, layout, plan, code, past.epoch + 1))
+    for version in past.withdrawn:
+        shell.record("version_withdrawn", {"version": version, "reason": "its weights were lost"})
+    diary.checkpoint(machine.memory())
+    begin = partial(shell.resume, past.newest) if again else shell.begin
+
+    def read(version: int) -> np.ndarray:
+        return book.read(version, layout)
+
+    return Composition(
+        said, machine, shell, board, plan, place, folder, past.epoch + 1, code, book.versions.kept, read, begin, first
+    )
+
+
+def _plan(said: RunConfig, run: str, layout: Layout) -> Plan:
+    return Plan(
+        run=run,
+        task=said.task,
+        model=said.model,
+        data=said.data,
+        optimizer=said.train.optimizer,
+        lr=said.train.lr,
+        schedule=said.train.schedule,
+        batch_size=said.train.batch_size,
+        layout=layout.fingerprint,
+        keep_optimizer=said.train.keep_optimizer,
+        max_bad_share=said.train.max_bad_share,
+    )
+
+
+def _machine(said: RunConfig) -> Coordinator:
+    def chance(version: int) -> random.Random:
+        return random.Random(f"{said.seed}/{version}")
+
+    ids = [store.id for store in said.stores]
+    return Coordinator(policy_of(said), ids, metric=said.evaluate.metric, chance=chance, start_at=0.0)
+
+
+def _clock(start: float) -> Callable[[], float]:
+    """Seconds of the run's own clock, which stands still while nobody coordinates."""
+    begun = time.monotonic()
+    return lambda: start + time.monotonic() - begun
+
+
+def _started(said: RunConfig, run: str, layout: Layout, plan: Plan, code: str, epoch: int) -> dict[str, Any]:
+    return {
+        "run": run,
+        "name": said.name,
+        "config": to_dict(said),
+        "layout": layout.to_json(),
+        "plan": asdict(plan),
+        "code_hash": code,
+        "at": time.time(),
+        "stores": [store.id for store in said.stores],
+        "experiment": said.track.experiment or said.name,
+        "register_as": said.track.register_as or said.name,
+        "epoch": epoch,
+    }
+
+
+@dataclass
+class _Past:
+    """What the record says of a run that is taken up again."""
+
+    epoch: int = 0
+    config: dict[str, Any] | None = None
+    versions: dict[int, dict[str, Any]] = field(default_factory=dict)
+    withdrawn: list[int] = field(default_factory=list)
+
+    @property
+    def newest(self) -> dict[str, Any]:
+        return self.versions[max(self.versions)]
+
+
+def _past(book: RunBook, board: Board) -> _Past:
+    past = _Past()
+    for kind, body in book.past():
+        board.add(kind, body)
+        if kind == "run_started":
+            past.epoch, past.config = body["epoch"], body["config"]
+        elif kind == "version_published":
+            past.versions[body["version"]] = body
+        elif kind == "version_withdrawn":
+            del past.versions[body["version"]]
+        elif kind == "run_finished":
+            raise RunError(f"run {book.folder.name} is over: {body['reason']}")
+    return past
+
+
+def _take_up(past: _Past, machine: Coordinator, diary: Diary, book: RunBook, model: GlobalModel) -> list[Action]:
+    """The machine as it was, the model at the newest version that can be had; what is to be done first."""
+
+    def intact(version: int) -> bool:
+        vector = book.versions.recover(version, model.layout, past.versions[version]["hash"])
+        state = read_state(book.folder, version) if model.state else {}
+        if vector is None or state is None:
+            return False
+        model.restore(vector, state)
+        return True
+
+    newest = max(past.versions)
+    back = bring_back(machine, diary, newest=newest, intact=intact, epoch=past.epoch + 1, grace_s=GRACE_S)
+    past.withdrawn = back.withdrawn
+    for version in back.withdrawn:
+        del past.versions[version]
+    return back.actions
+
+
+def code_hash() -> str:
+    """Of this package's own source: what ran, and a guard against actors of other code."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for file in sorted(here.rglob("*.py")):
+        digest.update(str(file.relative_to(here)).encode() + file.read_bytes())
+    return digest.hexdigest()

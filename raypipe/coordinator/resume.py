@@ -1,0 +1,55 @@
+"""How a coordinator that died comes back: the machine from its diary, the newest version from the run's folder.
+
+checkpoint + events  ->  the machine as it was when it died
+the record           ->  was the version that it was making a fact already?
+the weights          ->  a version whose weights are lost or damaged is withdrawn; the one before it is the newest
+Resumed              ->  what was in flight is asked for again, each update counted once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from raypipe.coordinator import actions as do
+from raypipe.coordinator import events as ev
+from raypipe.coordinator.diary import Diary
+from raypipe.coordinator.machine import Coordinator
+from raypipe.errors import RunError
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """What is to be done first, and the versions that could not be had again, newest first."""
+
+    actions: list[do.Action]
+    withdrawn: list[int]
+
+
+def bring_back(
+    machine: Coordinator, diary: Diary, *, newest: int, intact: Callable[[int], bool], epoch: int, grace_s: float
+) -> Return:
+    """Make a new machine what the old one was, then tell it that it was away. `newest`: by the record.
+
+    `intact` tells whether a version's weights can be had. Raises RunError where nothing can be had.
+    """
+    remembered = diary.read()
+    if remembered is None:
+        raise RunError("this run cannot be resumed: it died before its first version, or its diary is gone")
+    memory, events = remembered
+    machine.recall(memory)
+    for event in events:
+        machine.handle(event)
+    at = machine.memory().now
+    if machine.publishing is not None and machine.publishing.version == newest:
+        machine.handle(ev.Published(newest, at))
+    if machine.version != newest and not machine.finished:
+        raise RunError(f"the diary ends at version {machine.version}, the record at {newest}: they are of two runs")
+    withdrawn: list[int] = []
+    while not intact(machine.version):
+        if machine.version == 0:
+            raise RunError("no version of this run has its weights any more")
+        withdrawn.append(machine.version)
+        machine.handle(ev.Withdrawn(machine.version, "its weights were lost", at))
+    keeps: list[do.Action] = [do.Keep(version) for version in sorted(machine.unkept)]
+    return Return([*keeps, *machine.handle(ev.Resumed(epoch, grace_s, at))], withdrawn)
