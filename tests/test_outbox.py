@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import multiprocessing
 import os
 import random
 import resource
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -288,6 +290,27 @@ def test_a_full_disk_is_one_line_and_loses_nothing(case: Case, limit: int) -> No
         assert np.array_equal(site.collect("t2", [], "r", 1), kept)
     assert np.array_equal(case.update({"id": "t3", "seed": 6}, **MOMENTUM), kept), "the momentum is that of before"
     assert not np.array_equal(first, kept)
+
+
+def fill(home: Path, said: Path) -> None:
+    case = Case(home)
+    case.train()
+    with (home / "rubbish").open("wb", buffering=0) as rubbish, contextlib.suppress(OSError):
+        while rubbish.write(bytes(4096)):
+            pass
+    said.write_text(case.refused(lambda: case.train({"id": "t2"})) + str(case.site.describe("r", 1).outbox))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small filesystem: needs root")
+def test_a_disk_without_a_free_block_ends_no_process(tmp_path: Path) -> None:
+    home = tmp_path / "south"
+    home.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "raypipe-test", str(home)], check=True)
+    try:
+        assert run(home, tmp_path / "said", work=fill) == 0
+        assert "No space left on device; free some room there('t1',)" in (tmp_path / "said").read_text()
+    finally:
+        subprocess.run(["umount", "--lazy", str(home)], check=True)
 
 
 def test_a_slot_is_used_again_but_not_before_its_ticket_is_settled(case: Case) -> None:

@@ -19,8 +19,8 @@ from raypipe.coordinator import events as ev
 from raypipe.coordinator.closing import conclude, unjudged
 from raypipe.coordinator.composition import Composition
 from raypipe.coordinator.loop import drive
-from raypipe.coordinator.shell import Handle
-from raypipe.errors import RaypipeError, RunError
+from raypipe.coordinator.shell import Handle, Shell
+from raypipe.errors import RaypipeError, RunError, StoreSuperseded
 from raypipe.store.actor import StoreClient
 from raypipe.tracking.actor import MlflowFollower
 
@@ -70,8 +70,13 @@ class Coordinator:
                 await self.stop(self._stop_reason)
             running = drive(made.machine, self._perform, shell.inbox, shell.clock, shell.note, made.first)
             await self._race(running, background[0])
-            return await self._close(made)
+            summary = await self._close(made)
+            self._end_stores(shell)
+            return summary
+        except StoreSuperseded:  # its stores and its record are another's now
+            raise RunError("another coordinator has taken this run over") from None
         except Exception as error:
+            self._end_stores(shell)
             await self._break_off(made, error)
             raise
         finally:
@@ -124,6 +129,11 @@ class Coordinator:
         port = StoreClient(store, self._run, made.epoch, made.code)
         keeping = made.shell.keep(store.id, port, made.config.pacing.heartbeat_s, RETRY_S, trains=trains)
         self._keeping[store.id] = asyncio.create_task(keeping)
+
+    def _end_stores(self, shell: Shell) -> None:
+        """Their processes outlive a coordinator that dies, not one that is done."""
+        for port in shell.ports.values():
+            port.kill()
 
     async def _race(self, main: Coroutine[Any, Any, None], *others: asyncio.Task[None]) -> None:
         """Run `main`; an error of another task that should never end is the run's."""

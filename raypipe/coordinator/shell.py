@@ -125,14 +125,7 @@ class Shell:
         self._started = self._published = wall()
 
     async def perform(self, action: do.Action) -> ev.Event | None:
-        """The effect of an action; None where nothing is answered. Raises RunError when another coordinator has taken
-        the run over."""
-        try:
-            return await self._performed(action)
-        except StoreSuperseded as error:
-            raise RunError(f"another coordinator has taken this run over: {error.message}") from None
-
-    async def _performed(self, action: do.Action) -> ev.Event | None:
+        """The effect of an action; None where nothing is answered. Raises StoreSuperseded: the run is another's."""
         match action:
             case do.Train():
                 return await self._train(action)
@@ -166,6 +159,8 @@ class Shell:
         while True:
             try:
                 card = await self._joined(store, port)
+            except StoreSuperseded:
+                raise
             except StoreError as error:
                 kind = "store_set_aside" if isinstance(error, StoreRefused) else "store_missing"
                 if said != error.message:

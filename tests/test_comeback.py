@@ -1,0 +1,90 @@
+"""The command as somebody uses it, its processes killed: the coordinator alone, then everything at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from conftest import ROOT
+
+from raypipe.errors import RaypipeError
+from raypipe.tracking.book import run_folder
+from raypipe.tracking.journal import Journal
+from raypipe.tracking.lineage import History, read_history
+
+SAID = ["stores=[{id: a}, {id: b}]", "stop.max_versions=6", "train.local_epochs=0.3", "local.max_images=1500",
+        "evaluate.alone=false", "track.keep_last=50"]  # fmt: skip
+
+
+def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "RAYPIPE_HOME": str(home), "RAY_TMPDIR": str(home)}
+    env.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-m", "raypipe", "train", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def newest(home: Path) -> int:
+    try:
+        versions = [r.body["version"] for r in Journal(run_folder("last", home) / "journal.sqlite").read()
+                    if r.kind == "version_published"]  # fmt: skip
+        return max(versions, default=-1)
+    except RaypipeError:  # it is being made
+        return -1
+
+
+def wait_for(happened: Callable[[], bool], seconds: float, what: str) -> None:
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until, f"not in {seconds:.0f} s: {what}"
+        time.sleep(0.05)
+
+
+def processes(command: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(command.pid).children(recursive=True)
+
+
+def family(history: History) -> list[str]:
+    return [c["ticket"] for v in history.versions.values() for c in v["contributions"]]
+
+
+def test_a_killed_coordinator_and_a_killed_machine_lose_nothing(tmp_path: Path) -> None:
+    running = start(tmp_path, "configs/sync.yaml", "--set", *SAID)
+    wait_for(lambda: newest(tmp_path) >= 1, 90, "version 1")
+    (coordinator,) = [p for p in processes(running) if "ray::Coordinator" in " ".join(p.cmdline())]
+    before = newest(tmp_path)
+    coordinator.kill()
+    killed_at = time.monotonic()
+    wait_for(lambda: newest(tmp_path) > before + 1, 60, "versions after the coordinator was killed")
+    assert time.monotonic() - killed_at < 60
+
+    everything = [*processes(running), psutil.Process(running.pid)]
+    for process in everything:
+        if process.is_running():
+            process.send_signal(signal.SIGKILL)
+    running.communicate()
+    assert newest(tmp_path) < 6, "killed before its end"
+
+    refused = start(tmp_path, "configs/sync.yaml", "--resume", "last", "--set", *SAID, "train.lr=0.5")
+    said = refused.communicate(timeout=60)[0]
+    assert refused.returncode == 2, said
+    assert "train.lr: the run has 0.05, configs/sync.yaml says 0.5" in said
+
+    again = start(tmp_path, "--resume", "last")
+    said = again.communicate(timeout=180)[0]
+    assert again.returncode == 0, said
+    history = read_history(run_folder("last", tmp_path))
+    assert list(history.versions) == list(range(7))
+    assert len(family(history)) == len(set(family(history))) == 12
+    starts = [
+        r.body["epoch"] for r in Journal(run_folder("last", tmp_path) / "journal.sqlite").read(kinds=["run_started"])
+    ]
+    assert starts == [1, 2, 3]
+
+    over = start(tmp_path, "--resume", "last")
+    assert "is over: 6 versions" in over.communicate(timeout=60)[0]
