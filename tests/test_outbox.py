@@ -232,6 +232,7 @@ def test_a_damaged_momentum_is_dropped_and_said(case: Case) -> None:
     case.site.settle(Verdict("t1", 1))
     later = case.update({"id": "t2"}, **MOMENTUM)
     case.site.settle(Verdict("t2", None))
+    assert not np.array_equal(later, first)
     case.site._outboxes["r"].seal()
     ((kept,),) = [box._kept.values() for box in case.site._outboxes.values()]
     case.site.close()
