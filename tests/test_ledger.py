@@ -525,6 +525,11 @@ def test_an_altered_ledger_is_not_written_to(made: Federation) -> None:
         if made.read() != lines:
             with pytest.raises(RunError, match=r"was altered|did not sign"):
                 Ledger(made.run_folder, made.key, RUN)
+        if line.startswith(b'{"entry"'):
+            digit = b"1" if line[-4:-3] == b"0" else b"0"
+            made.write([*lines[:place], line[:-4] + digit + line[-3:], *lines[place + 1 :]])
+            with pytest.raises(RunError, match="its content does not have its hash"):
+                Ledger(made.run_folder, made.key, RUN)
     made.write([*lines[:1], *lines[2:]])
     with pytest.raises(RunError, match="was altered: entry 1 is not in its place"):
         Ledger(made.run_folder, made.key, RUN)
@@ -1336,8 +1341,8 @@ def test_a_key_revoked_by_hand_is_not_taken_in_again_by_an_old_record(told: Told
     ledger.append(entries.Revoked("north", told.keys["north"].public, "lost"), at=told.at)
     ledger.seal(at=told.at)
     ledger.close()
-    told.follow()
     ledger = told.ledger()
+    record(ledger, told.journal.read())
     assert ledger.store("north") is None
     ledger.close()
 
@@ -1366,6 +1371,20 @@ def test_a_withdrawn_version_has_no_proof_until_it_is_made_again(told: Told) -> 
     with pytest.raises(ConfigError, match="the ledger has no version 3; the newest is 2"):
         prove(told.folder, 3, "north")
     ledger.close()
+
+
+def test_the_weights_of_a_withdrawn_version_are_not_asked_for(told: Told) -> None:
+    end: dict[str, Any] = {"reason": "enough", "versions": 4, "best_version": 3}
+    told.publish(4)
+    told.keep(4)
+    told.tell("run_finished", **end)
+    (told.folder / "versions" / "v4").write_bytes(b"damaged")
+    told.follow()
+    assert "the weights of version 4 are not those of the ledger" in lines_of(verify(told.folder))
+    told.tell("version_withdrawn", version=4, reason="its weights were damaged")
+    told.tell("run_finished", **end)
+    told.follow()
+    assert verify(told.folder).problems == ()
 
 
 def test_a_record_that_cannot_be_is_named_and_leaves_nothing(told: Told) -> None:

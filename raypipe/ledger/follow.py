@@ -2,8 +2,8 @@
 
 Each entry says up to which journal record all is accounted for, and all entries of a record go in together: so the
 ledger itself tells how far it is, and after a crash or a full disk it goes on from there, telling nothing twice. All
-that is written is computed from the records: a run that crashed has the ledger that it would have had.
-One head is signed for each version, and one at the end; what comes between is under the next.
+that is written is computed from the records: but for co-signatures, a run that crashed has the ledger that it would
+have had. One head is signed for each version, and one at the end; what comes between is under the next.
 
     run_started        run
     store_joined       store, where its key or card is another than before; revoked first where its key is
