@@ -9,6 +9,7 @@ import math
 import random
 from collections import Counter
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from pydantic import TypeAdapter
 
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
+from raypipe.coordinator.diary import Diary
 from raypipe.coordinator.machine import WARM_UP_S, Coordinator
 from raypipe.coordinator.policy import Policy, pace
+from raypipe.coordinator.resume import bring_back
 from raypipe.coordinator.state import Memory
 
 
@@ -508,3 +511,31 @@ def test_whatever_moment_the_coordinator_dies_each_update_counts_once(
     assert finished.version == policy.max_versions == len(world.versions), finished.ending
     acknowledged = {ticket for ticket, version in world.told.items() if version is not None}
     assert acknowledged <= set(world.made)
+
+
+@pytest.mark.parametrize(("newest", "lost", "withdrawn"), [(2, {2}, [2]), (1, set(), []), (1, {1}, [1])])
+def test_a_version_whose_weights_are_lost_is_withdrawn_once(
+    tmp_path: Path, newest: int, lost: set[int], withdrawn: list[int]
+) -> None:
+    """`newest` 1: the record says already that version 2 was withdrawn, the diary does not."""
+    policy = pace("wait_for_all", 1, {"max_versions": 9})
+    m, diary = machine(policy, 1), Diary(tmp_path)
+    diary.checkpoint(m.memory())
+
+    def tell(event: ev.Event) -> list[do.Action]:
+        actions = m.handle(event)
+        diary.note(event, actions)
+        return actions
+
+    (train,) = of(do.Train, tell(ev.StoreJoined("s0", 100, 0.0)))
+    for version in (1, 2):
+        tell(trained(train.ticket, 1.0))
+        tell(ev.UpdateArrived(train.ticket, 4, 1.0))
+        tell(ev.Folded((train.ticket,), (), 1.0))
+        (train,) = of(do.Train, tell(ev.Published(version, 1.0)))
+    again = machine(policy, 1)
+    back = bring_back(again, diary, newest=newest, intact=lambda v: v not in lost, epoch=2, grace_s=9.0)
+    assert back.withdrawn == withdrawn
+    assert again.version == (0 if lost == {1} else 1)
+    assert all(t.base <= again.version for t in again.tickets.values())
+    assert of(do.Keep, back.actions) == [do.Keep(v) for v in range(1, again.version + 1)]

@@ -43,13 +43,15 @@ def bring_back(
     at = machine.memory().now
     if machine.publishing is not None and machine.publishing.version == newest:
         machine.handle(ev.Published(newest, at))
-    if machine.version != newest and not machine.finished:
+    if machine.version < newest and not machine.finished:
         raise RunError(f"the diary ends at version {machine.version}, the record at {newest}: they are of two runs")
     withdrawn: list[int] = []
-    while not intact(machine.version):
+    # Above the record: it was withdrawn there, and the coordinator died again before its diary said so.
+    while machine.version > newest or not intact(machine.version):
         if machine.version == 0:
             raise RunError("no version of this run has its weights any more")
-        withdrawn.append(machine.version)
+        if machine.version <= newest:
+            withdrawn.append(machine.version)
         machine.handle(ev.Withdrawn(machine.version, "its weights were lost", at))
     keeps: list[do.Action] = [do.Keep(version) for version in sorted(machine.unkept)]
     return Return([*keeps, *machine.handle(ev.Resumed(epoch, grace_s, at))], withdrawn)
