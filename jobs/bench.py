@@ -11,7 +11,6 @@ Exit code 1 if a figure is missed.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -28,35 +27,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-import torch
 import yaml
 from bench_floor import Job, to_json, write_sleepy
+from bench_parts import WARM, coordinator_ms, fold_ratios, fold_single_ratios
 
-from raypipe.aggregation.global_model import GlobalModel
-from raypipe.aggregation.transforms import transforms
-from raypipe.compose import compose
-from raypipe.config.load import to_dict
 from raypipe.config.schema import RunConfig
-from raypipe.coordinator.loop import drive
 from raypipe.launch import begin, make_demo_stores, watch
 from raypipe.models.flat import initial
 from raypipe.placement.actor import shut_down, start_local
 from raypipe.run import load_run, new_run_id
-from raypipe.store import messages as msg
 from raypipe.tracking.journal import Journal
-from raypipe.types import Layout, Role
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS = [f"store-{i}" for i in range(10)]
 TASK = {"name": "classification", "classes": 10, "image_size": 32, "channels": 3}
 STEADY = 2  # versions before this one are start-up
-WARM = 10  # the same where versions are short: W3, coordinator_ms
 SLEEP_S, SLOW = 0.4, 5.0  # W3: pretended compute of a ticket, and how much slower one store is
 IDEAL_S = 8 / (7 / SLEEP_S + 1 / (SLOW * SLEEP_S))  # W3: 8 updates when nobody waits
-FLOATS = 25_000_000  # an update of 100 MB
-READY = 10  # updates folded at once
-HELD = 4  # updates in the object store, taken in turn
 AT_LEAST = {"fold_ratio", "fold_single_ratio"}  # of these more is better
 MUST = {
     "fold_ratio": 0.6,
@@ -209,26 +196,28 @@ class Bench:
         return self._steady("w2_ratio", configuration("w2", model=model, train=train, stop=stop))
 
     def _steady(self, figure: str, said: dict[str, Any]) -> Line:
-        """Median seconds from version to version, past the start, over the floor's."""
+        """Median seconds from version to version, past the start, over the floor's; beside it, a bare Ray script's."""
         job = self.job(said)
-        pairs, load, scores = [], [], []
+        pairs, load, losses, ray = [], [], [], []
         self.start()
         self._wait_for_quiet()
         for _ in range(self.repeats):
             load.append(os.getloadavg()[0])
-            floor = self.floor("processes", job)
+            floor, bare = self.floor("processes", job), self.floor("ray", job)
             records = self.federate(said)
             versions = records["version_published"]
             if floor["parameters"] != self._parameters(said) or len(versions[-1]["contributions"]) != len(IDS):
                 raise RuntimeError("the floor's model is another one, or a store is missing from a version")
             ours = _differences([v["at"] for v in versions if v["version"] >= STEADY])
-            pairs.append((median(_differences(floor["at"][STEADY - 1 :])), median(ours)))
+            steady, of_bare = (median(_differences(side["at"][STEADY - 1 :])) for side in (floor, bare))
+            pairs.append((steady, median(ours)))
+            ray.append(of_bare / steady)
             # The floor judges versions 0 to n-1; ours are compared at the same one.
-            mine = {r["version"]: r["metrics"]["accuracy"] for r in records["evaluated"]}
-            scores.append((floor["accuracy"], mine[job.versions - 1]))
-        detail = {**_sides(pairs), "floor_accuracy": median(s for s, _ in scores)}
-        detail |= {"accuracy": median(s for _, s in scores), "versions": job.versions, "load": load}
-        detail["sound"] = detail["accuracy"] >= detail["floor_accuracy"] - 0.1  # who drops updates is fast
+            mine = {r["version"]: r["metrics"]["loss"] for r in records["evaluated"]}
+            losses.append((floor["loss"], mine[job.versions - 1]))
+        detail = {**_sides(pairs), "bare_ray_ratios": ray, "floor_loss": median(floor for floor, _ in losses)}
+        detail |= {"loss": median(ours for _, ours in losses), "versions": job.versions, "load": load}
+        detail["sound"] = detail["loss"] <= 1.1 * detail["floor_loss"]  # who drops updates is fast
         return Line(figure, median(ours / floor for floor, ours in pairs), detail)
 
     def w3(self) -> Line:
@@ -339,137 +328,6 @@ def _per_eight(versions: list[dict[str, Any]], warm: int) -> float:
 def _sides(pairs: list[tuple[float, float]]) -> dict[str, Any]:
     ratios = [ours / floor for floor, ours in pairs]
     return {"seconds": median(o for _, o in pairs), "floor_s": median(f for f, _ in pairs), "ratios": ratios}
-
-
-# -- folding --------------------------------------------------------------------------------------------------
-
-
-def fold_ratios(num_pairs: int) -> list[tuple[float, float]]:
-    """GB/s (read, folded) of ten ready updates; reads and folds alternate, as bandwidth here comes and goes."""
-    updates = _updates(READY)
-    model = _model()
-    return _pairs(num_pairs, updates, lambda turn: _fold(model, updates), READY)
-
-
-def fold_single_ratios(num_pairs: int) -> list[tuple[float, float]]:
-    """The same, one update at a time, from the object store without a copy. Reads are of ordinary memory."""
-    import ray
-
-    updates = _updates(HELD)
-    refs = [ray.put(update) for update in updates]
-    model = _model()
-    for ref in refs:  # a coordinator's view of the store is mapped once, at its first versions
-        ray.get(ref).sum()
-    return _pairs(num_pairs, updates, lambda turn: _fold(model, [ray.get(refs[turn % HELD])]), 1)
-
-
-def _updates(count: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    return [rng.standard_normal(FLOATS, np.float32) for _ in range(count)]
-
-
-def _model() -> GlobalModel:
-    layout = Layout.of([("weights", (FLOATS,), "float32", Role.SHARED)])
-    transform = transforms.build({"name": "sgd"})
-    return GlobalModel(layout, np.zeros(FLOATS, np.float32), transform, how=[], normalise="sum", threads=2)
-
-
-def _fold(model: GlobalModel, updates: Sequence[np.ndarray]) -> None:
-    if model.fold([(update, 1.0, None) for update in updates]):
-        raise RuntimeError("an update was refused")
-
-
-def _pairs(
-    count: int, updates: Sequence[np.ndarray], fold: Callable[[int], None], num_folded: int
-) -> list[tuple[float, float]]:
-    """GB/s of `count` pairs; reads take turns over all updates, which no cache can hold."""
-    tensors = [torch.from_numpy(update) for update in updates]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-
-    def seconds(work: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    found = []
-    for turn in range(count + 2):
-        read = len(tensors) * 4e-9 * FLOATS / seconds(lambda: [tensor.sum() for tensor in tensors])
-        folded = num_folded * 4e-9 * FLOATS / seconds(lambda turn=turn: fold(turn))  # type: ignore[misc]
-        found.append((read, folded))
-    torch.set_num_threads(threads)
-    return found[2:]  # the first ones touch new memory
-
-
-# -- the coordinator ------------------------------------------------------------------------------------------
-
-
-class NoStore:
-    """A store in this process that answers at once; all its updates are the same."""
-
-    def __init__(self, store: str, data: str, update: np.ndarray) -> None:
-        self._store, self._data, self._update = store, data, update
-
-    async def join(self) -> msg.Card:
-        counts = {self._data: {"train": 200, "validation": 33}}
-        parts: dict[str, Any] = {"tasks": (), "models": (), "data_hashes": {}, "limits": {}}
-        return msg.Card(self._store, msg.PROTOCOL, counts, cpus=1.0, gpu=None, node="here", process=0, **parts)
-
-    def waiting_for(self, waited_s: float) -> str:
-        return ""
-
-    async def train(self, ticket: msg.Ticket, plan: bytes, weights: Any) -> msg.Report:
-        judged = await self.evaluate(plan, weights, ticket.evaluate) if ticket.evaluate else None
-        numbers = {"steps": 7, "examples": 200, "num_train": 200, "skipped": 0, "seconds": 0.01, "loss": 1.0}
-        about: dict[str, Any] = {**numbers, "update_bytes": self._update.nbytes, "stopped": "done"}
-        return msg.Report(ticket.id, self._store, ticket.version, evaluation=judged, **about)
-
-    async def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray:
-        return self._update
-
-    async def evaluate(self, plan: bytes, weights: Any, split: str) -> msg.Evaluation:
-        return msg.Evaluation(self._store, split, 33, {"loss": 33.0, "accuracy": 11.0}, 0.01)
-
-    def settle(self, verdict: msg.Verdict) -> None:
-        pass
-
-    def control(self, ticket: str, command: msg.Command) -> None:
-        pass
-
-    async def watch(self, heartbeat_s: float) -> tuple[bool, str]:
-        await asyncio.Event().wait()
-        return False, ""
-
-    def kill(self) -> None:
-        pass
-
-
-def coordinator_ms(config: RunConfig, home: Path) -> float:
-    """Milliseconds per update in published versions: machine, shell, fold, step, journal, weights, Ray's store."""
-    import ray
-
-    run = new_run_id(config.name, time.time())
-    made = compose(to_dict(config), run, home=str(home), put=ray.put)
-    asyncio.run(_drive(made))
-    versions = [r.body for r in Journal(made.folder / "journal.sqlite").read(kinds=["version_published"])][WARM:]
-    updates = sum(len(version["contributions"]) for version in versions[1:])
-    return 1000 * float(versions[-1]["at"] - versions[0]["at"]) / updates
-
-
-async def _drive(made: Any) -> None:
-    """What the coordinator's actor does, without its actors."""
-    shell = made.shell
-    await asyncio.to_thread(shell.begin)
-    update = np.full(shell.model.layout.update_size, 1e-6, np.float32)
-    tasks = [asyncio.create_task(shell.run_lane())]
-    for store in made.config.stores:
-        port = NoStore(store.id, made.config.data, update)
-        tasks.append(asyncio.create_task(shell.keep(store.id, port, 5.0, 5.0)))
-    try:
-        await drive(made.machine, shell.perform, shell.inbox, shell.clock, shell.note, made.first)
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 # -- the command ----------------------------------------------------------------------------------------------

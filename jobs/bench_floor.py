@@ -121,7 +121,7 @@ class Shared:
 
     base: Tensor
     sums: list[Tensor]  # one a process, of its stores' weighted deltas
-    right: Tensor  # answers, by version
+    losses: Tensor  # summed over images, by version
     next_store: Any
     barrier: Any
     data: dict[str, tuple[Data, Data]]
@@ -139,7 +139,7 @@ def in_processes(job: Job) -> dict[str, Any]:
     shared = Shared(
         base=common(learner.vector),
         sums=[common(torch.zeros_like(learner.vector)) for _ in range(job.at_once)],
-        right=common(torch.zeros(job.versions)),
+        losses=common(torch.zeros(job.versions)),
         next_store=fork.Value("i", 0),
         barrier=fork.Barrier(job.at_once),
         data=data,
@@ -153,7 +153,7 @@ def in_processes(job: Job) -> dict[str, Any]:
         worker.join()
     seen = sum(len(validation[1]) for _, validation in data.values())
     parameters = sum(p.numel() for p in learner.params)
-    return {"at": complete, "parameters": parameters, "accuracy": float(shared.right[-1]) / seen}
+    return {"at": complete, "parameters": parameters, "loss": float(shared.losses[-1]) / seen}
 
 
 def work(job: Job, place: int, shared: Shared, times: Any) -> None:
@@ -168,9 +168,9 @@ def work(job: Job, place: int, shared: Shared, times: Any) -> None:
         while (store := take(shared.next_store)) < len(job.ids):
             train, validation = shared.data[job.ids[store]]
             learner.vector.copy_(base)
-            right = learner.judge(validation)[1]
+            loss = learner.judge(validation)[0]
             with shared.next_store.get_lock():
-                shared.right[version] += right
+                shared.losses[version] += loss
             learner.train(train)
             mine.add_(torch.sub(learner.vector, base, out=delta), alpha=len(train[1]))
         shared.barrier.wait()
@@ -220,7 +220,10 @@ class Store:
 
 
 def on_bare_ray(job: Job) -> dict[str, Any]:
-    """The whole of a federation's arithmetic, its end included: test of the last version, and each store alone."""
+    """The whole of a federation's arithmetic, its end included: test of the last version, and each store alone.
+
+    Seconds at which each version was complete, and mean accuracies.
+    """
     import ray
 
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
@@ -228,6 +231,7 @@ def on_bare_ray(job: Job) -> dict[str, Any]:
     make: Any = ray.remote(num_cpus=1)(Store)
     actors = [make.remote(job, store) for store in job.ids]
     first = base = Learner(job).vector.numpy()
+    at = []
     for _ in range(job.versions):
         handle = ray.put(base)
         waiting, total, images = deque(actors), np.zeros_like(base), 0
@@ -240,6 +244,7 @@ def on_bare_ray(job: Job) -> dict[str, Any]:
             total += weight * delta
             images += weight
         base = base + total / np.float32(images)
+        at.append(time.time())
     handle, start = ray.put(base), ray.put(first)
     ray.get([actor.judge.remote(handle, "validation") for actor in actors])
     shared = ray.get([actor.judge.remote(handle, "test") for actor in actors])
@@ -247,7 +252,8 @@ def on_bare_ray(job: Job) -> dict[str, Any]:
     alone = ray.get([actor.alone.remote(start, steps) for actor in actors])
     ray.shutdown()
     scores = {"shared": shared, "alone": alone}
-    return {name: sum(right / seen for right, seen in rows) / len(rows) for name, rows in scores.items()}
+    means = {name: sum(right / seen for right, seen in rows) / len(rows) for name, rows in scores.items()}
+    return {"at": at, **means}
 
 
 # -- W3 ----------------------------------------------------------------------------------------------------
