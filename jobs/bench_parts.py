@@ -105,7 +105,9 @@ class NoStore:
     def waiting_for(self, waited_s: float) -> str:
         return ""
 
-    async def train(self, ticket: msg.Ticket, plan: bytes, weights: Any) -> msg.Report:
+    async def train(
+        self, ticket: msg.Ticket, plan: bytes, weights: Any, how: list[msg.Part] | None = None
+    ) -> msg.Report:
         judged = await self.evaluate(plan, weights, ticket.evaluate) if ticket.evaluate else None
         numbers = {"steps": 7, "examples": 200, "num_train": 200, "skipped": 0, "seconds": 0.01, "loss": 1.0}
         about: dict[str, Any] = {**numbers, "update_bytes": self._update.nbytes, "stopped": "done"}
@@ -118,6 +120,9 @@ class NoStore:
         return msg.Evaluation(self._store, split, 33, {"loss": 33.0, "accuracy": 11.0}, 0.01)
 
     def settle(self, verdict: msg.Verdict) -> None:
+        pass
+
+    def tell(self) -> None:
         pass
 
     def control(self, ticket: str, command: msg.Command) -> None:

@@ -56,7 +56,9 @@ class SitePort:
     def waiting_for(self, waited_s: float) -> str:
         return "nothing"
 
-    async def train(self, ticket: msg.Ticket, plan: bytes, weights: np.ndarray) -> msg.Report:
+    async def train(
+        self, ticket: msg.Ticket, plan: bytes, weights: np.ndarray, how: list[msg.Part] | None = None
+    ) -> msg.Report:
         return await self._ask("train", ticket, msg.expect(msg.Plan, plan), weights)
 
     async def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray:
@@ -255,7 +257,9 @@ class NoOp:
     def waiting_for(self, waited_s: float) -> str:
         return ""
 
-    async def train(self, ticket: msg.Ticket, plan: bytes, weights: Any) -> msg.Report:
+    async def train(
+        self, ticket: msg.Ticket, plan: bytes, weights: Any, how: list[msg.Part] | None = None
+    ) -> msg.Report:
         return msg.Report(ticket.id, self.name, ticket.version, 1, 32, 10, 0, 0.001, 1.0, 4, "done")
 
     async def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray:

@@ -158,6 +158,8 @@ class Coordinator:
 
     async def _close(self, made: Composition) -> dict[str, Any]:
         shell, machine, track = made.shell, made.machine, made.config.track
+        for port in shell.ports.values():
+            port.tell()
         stopped, failed = bool(self._stop_reason), machine.started_at is None
         best = machine.scores.best[0] if machine.scores.best else machine.version
         table: list[dict[str, Any]] = []

@@ -6,6 +6,7 @@ Gradients stay as autograd hands them over, a tensor a parameter: gathered into 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
@@ -19,6 +20,8 @@ from raypipe.models import models
 from raypipe.models.tensors import Array, state_dict_from, vector_from
 from raypipe.registry import Spec
 from raypipe.types import Entry, Layout, Role
+
+BLOCK = 1 << 16  # floats: a quarter of a MiB
 
 __all__ = ["FlatModel", "flatten", "initial", "layout_of", "state_dict_from", "vector_from"]
 
@@ -133,16 +136,23 @@ class FlatModel:
         for entry, tensor in self._copied:
             tensor.copy_(torch.tensor(base[entry.slice]).view(entry.shape))
 
-    def update(self, base: Array, out: Array | None = None) -> Array:
-        """A vector of `layout.update_size`, `out` if given: shared entries as local - base, statistics as values."""
+    def update(self, base: Array, out: Array | None = None) -> tuple[Array, bool]:
+        """A vector of `layout.update_size`, `out` if given: shared entries as local - base, statistics as values.
+        And whether all of it is finite: looked at block by block, while a block is in the core's own cache."""
         size, shared = self.layout.update_size, self.layout.shared
         if self._host is not self.vector:
             self._host[:size].copy_(self.vector[:size])
         local = self._host.numpy()
         update = np.empty(size, np.float32) if out is None else out
-        np.subtract(local[shared], base[shared], out=update[shared])
-        update[shared.stop :] = local[shared.stop : size]
-        return update
+        total = 0.0
+        with np.errstate(all="ignore"):
+            for start in range(0, shared.stop, BLOCK):
+                block = slice(start, min(start + BLOCK, shared.stop))
+                np.subtract(local[block], base[block], out=update[block])
+                total += float(update[block].sum())
+            update[shared.stop :] = local[shared.stop : size]
+            total += float(update[shared.stop :].sum())
+        return update, math.isfinite(total)
 
     def train(self) -> None:
         """Training mode, but for norm layers whose statistics are frozen."""

@@ -35,6 +35,7 @@ from raypipe.store.safety import refusal, site_log
 NAMESPACE = "raypipe"
 ORPHAN_S = 120.0  # an actor that no coordinator has spoken to for so long ends itself
 ANSWER_S = 5.0  # in which an actor that is found has to answer
+SETTLE_S = 2.0  # for which verdicts wait for a ticket to travel with
 GONE = (rex.RayActorError, rex.ObjectLostError, rex.OwnerDiedError, rex.NodeDiedError, rex.RaySystemError)
 
 
@@ -55,19 +56,33 @@ class SiteActor:
     def describe(self, run: str, epoch: int) -> bytes:
         return cast(bytes, self._answer("describe", lambda site: msg.encode(site.describe(run, epoch))))
 
-    def train(self, ticket: bytes, plan: bytes, weights: np.ndarray) -> bytes:
-        def run(site: Any) -> bytes:
-            asked, how = msg.expect(msg.Ticket, ticket), msg.expect(msg.Plan, plan)
-            return msg.encode(site.train(asked, how, weights))
+    @ray.method(num_returns=2)
+    def train(
+        self, ticket: bytes, plan: bytes, weights: np.ndarray, how: list[msg.Part] | None, verdicts: list[bytes]
+    ) -> tuple[bytes, np.ndarray | bytes | None]:
+        """The report, and where `how` is said what `collect` would give: a call less. Verdicts come first."""
+        self.settle(verdicts)
+        done: list[Callable[[Any], Any]] = []
 
-        return cast(bytes, self._answer("train", run))
+        def run(site: Any) -> bytes:
+            asked, learned = msg.expect(msg.Ticket, ticket), msg.expect(msg.Plan, plan)
+            report = msg.encode(site.train(asked, learned, weights))
+            done.append(lambda site: site.collect(asked.id, how, learned.run, asked.epoch))
+            return report
+
+        report = cast(bytes, self._answer("train", run))
+        return report, self._answer("collect", done[0]) if done and how is not None else None
 
     def collect(self, ticket: str, how: list[msg.Part], run: str, epoch: int) -> np.ndarray | bytes:
         answer = self._answer("collect", lambda site: site.collect(ticket, how, run, epoch))
         return cast("np.ndarray | bytes", answer)
 
-    def settle(self, verdict: bytes) -> None:
-        self._answer("settle", lambda site: site.settle(msg.expect(msg.Verdict, verdict)))
+    def settle(self, verdicts: list[bytes]) -> None:
+        def run(site: Any) -> None:
+            for verdict in verdicts:
+                site.settle(msg.expect(msg.Verdict, verdict))
+
+        self._answer("settle", run)
 
     def evaluate(self, plan: bytes, weights: np.ndarray, split: str, epoch: int) -> bytes:
         def run(site: Any) -> bytes:
@@ -143,6 +158,9 @@ class StoreClient:
         self._name = f"store/{run}/{store.id}/{code[:8]}"
         self._actor: Any = None
         self._process: int | None = None
+        self._updates: dict[str, Any] = {}  # that came with their reports: they stay at their node until collected
+        self._verdicts: list[bytes] = []
+        self._telling: asyncio.TimerHandle | None = None
 
     async def join(self) -> msg.Card:
         """Find the actor or make it, and hear who it is; waits for as long as no node offers the store's resource.
@@ -187,13 +205,26 @@ class StoreClient:
     def _pin(self) -> Any:
         return store_options(self.store.id, 0, 0)["resources"]
 
-    async def train(self, ticket: msg.Ticket, plan: bytes, weights: Any) -> msg.Report:
-        """Raises StoreError; the weights are an object reference, fetched once a node."""
-        return self._expect(msg.Report, await self._ask("train", msg.encode(ticket), plan, weights))
+    async def train(
+        self, ticket: msg.Ticket, plan: bytes, weights: Any, how: list[msg.Part] | None = None
+    ) -> msg.Report:
+        """Raises StoreError; the weights are an object reference, fetched once a node. With `how` the update comes
+        with the report, for `collect` to take."""
+        verdicts, self._verdicts = self._verdicts, []
+        report, update = self._call("train", msg.encode(ticket), plan, weights, how, verdicts)
+        answer = self._expect(msg.Report, await self._told("train", report))
+        if how is not None:
+            self._updates[ticket.id] = update
+        return answer
 
     async def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray:
         """The encoded update, read-only in shared memory. Raises StoreError."""
-        answer = await self._ask("collect", ticket, how, self._run, self._epoch)
+        answer = None
+        if (update := self._updates.pop(ticket, None)) is not None:
+            with suppress(*GONE):  # else the store is asked for it
+                answer = await update
+        if answer is None:
+            answer = await self._ask("collect", ticket, how, self._run, self._epoch)
         if isinstance(answer, bytes):
             self._expect(msg.Report, answer)  # a Refusal, raised
         if type(answer) is not np.ndarray:
@@ -205,9 +236,19 @@ class StoreClient:
         return self._expect(msg.Evaluation, await self._ask("evaluate", plan, weights, split, self._epoch))
 
     def settle(self, verdict: msg.Verdict) -> None:
-        """Tell; nothing is awaited."""
-        if self._actor is not None:
-            self._actor.settle.remote(msg.encode(replace(verdict, run=self._run, epoch=self._epoch)))
+        """Tell, with the next ticket or soon; nothing is awaited. A store that has not heard it asks when it joins."""
+        self._updates.pop(verdict.ticket, None)
+        self._verdicts.append(msg.encode(replace(verdict, run=self._run, epoch=self._epoch)))
+        if self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(SETTLE_S, self.tell)
+
+    def tell(self) -> None:
+        """The verdicts that wait, now."""
+        if self._telling is not None:
+            self._telling.cancel()
+        verdicts, self._verdicts, self._telling = self._verdicts, [], None
+        if verdicts and self._actor is not None:
+            self._actor.settle.remote(verdicts)
 
     def control(self, ticket: str, command: msg.Command) -> None:
         """Tell; seen within a batch."""
@@ -242,6 +283,8 @@ class StoreClient:
         """End the process, frozen or not."""
         if self._actor is None:
             return
+        self.tell()
+        self._updates.clear()
         actor, self._actor = self._actor, None
         if self._process is not None:
             _end_process.options(resources=self._pin()).remote(self._process)
@@ -255,10 +298,16 @@ class StoreClient:
             raise
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
+        return await self._told(method, self._call(method, *arguments))
+
+    def _call(self, method: str, *arguments: Any) -> Any:
         if self._actor is None:
             raise StoreUnreachable(f"store {self.store.id}: it is being started")
+        return getattr(self._actor, method).remote(*arguments)
+
+    async def _told(self, method: str, answer: Any) -> Any:
         try:
-            return await getattr(self._actor, method).remote(*arguments)
+            return await answer
         except GONE as error:
             raise StoreUnreachable(f"store {self.store.id}: {_why(error)}") from None
         except rex.RayError as error:

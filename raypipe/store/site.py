@@ -218,9 +218,7 @@ class Site:
             optimizer.load_state_dict(kept)
         with outbox.room(4 * model.layout.update_size) as slot:
             outcome = self._trained(asked, optimizer, self._slowdown)
-            update = model.update(asked.weights, out=slot.floats)
-            with np.errstate(all="ignore"):
-                finite = np.isfinite(update.sum())
+            update, finite = model.update(asked.weights, out=slot.floats)
             if not finite:
                 raise StoreError(f"the update is not finite after {outcome.steps} steps; lower lr")
             report = self._report(ticket, asked.images, outcome, update.nbytes, evaluation)
