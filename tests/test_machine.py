@@ -23,7 +23,7 @@ from raypipe.coordinator.diary import Diary
 from raypipe.coordinator.machine import WARM_UP_S, Coordinator
 from raypipe.coordinator.policy import Policy, pace
 from raypipe.coordinator.resume import bring_back
-from raypipe.coordinator.state import Memory
+from raypipe.coordinator.state import KEPT, Memory, Scores
 
 
 def machine(policy: Policy, stores: int = 3) -> Coordinator:
@@ -215,6 +215,26 @@ def test_two_fast_stores_cannot_hold_a_buffer_of_three() -> None:
             deliver(m, ticket.id, 2.0)
     assert sum(t.store == "s0" for t in m.tickets.values()) == 2
     assert of(do.Publish, m.handle(ev.Tick(6.0))), "s2 is past its deadline: two are as many as can come"
+
+
+def test_a_version_that_is_scored_late_has_each_store_s_word_from_then() -> None:
+    scores = Scores("accuracy")
+    words = [(0, "a", 0.1), (0, "b", 0.2), (1, "b", 0.9), (2, "a", 0.3), (2, "b", 0.3)]
+    for version, store, accuracy in words:
+        scores.add(version, store, {"accuracy": accuracy}, 10)
+    assert [scores.close(version) for version in range(3)] == [{"accuracy": pytest.approx(w)} for w in (0.15, 0.5, 0.3)]
+    scores.withdraw(2)
+    scores.add(2, "a", {"accuracy": 0.5}, 10)
+    assert scores.close(2) == {"accuracy": pytest.approx(0.7)}
+
+
+def test_a_store_that_judges_rarely_counts_with_its_last_word() -> None:
+    scores = Scores("accuracy")
+    scores.add(0, "slow", {"accuracy": 0.5}, 30)
+    for version in range(4 * KEPT):
+        scores.add(version, "fast", {"accuracy": 0.9}, 10)
+        assert scores.close(version) == {"accuracy": pytest.approx(0.6)}
+    assert len(scores.judged) <= KEPT + 1
 
 
 def test_the_newest_version_is_judged_before_the_end() -> None:
@@ -447,6 +467,8 @@ def maybe(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 def consistent(**fields: Any) -> Policy:
+    if fields["budget_s"] is not None and fields["deadline_s"] is not None:  # else every ticket is late
+        fields["budget_s"] = min(fields["budget_s"], fields["deadline_s"])
     if fields["refill"] == "on_arrival":
         fields |= {"buffer_size": fields["buffer_size"] or 1, "in_order": False, "tick": False}
     return Policy(**fields)

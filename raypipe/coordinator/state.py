@@ -91,22 +91,22 @@ class Scores:
     metric: str
     lower_is_better: bool = False
     central: str | None = None  # where there is a central validation set, its word alone counts
-    newest: dict[str, tuple[int, dict[str, float], int]] = field(default_factory=dict)
     judged: dict[int, dict[str, tuple[dict[str, float], int]]] = field(default_factory=dict)
+    earlier: dict[str, tuple[int, dict[str, float], int]] = field(default_factory=dict)  # newest words before those
     best: tuple[int, float] | None = None
     scored: dict[int, float] = field(default_factory=dict)
     closed: set[int] = field(default_factory=set)
     since_best: int = 0  # versions scored that are newer than the best
 
     def add(self, version: int, store: str, metrics: dict[str, float], num_examples: int) -> None:
-        """A store's word on a version; an older word than its newest is kept only for that version's record."""
+        """A store's word on a version."""
         self.judged.setdefault(version, {})[store] = (metrics, num_examples)
-        if store not in self.newest or self.newest[store][0] <= version:
-            self.newest[store] = (version, metrics, num_examples)
 
     def close(self, version: int) -> dict[str, float] | None:
         """The version's weighted metrics, once; None when no store has judged anything yet."""
-        rows = {s: (m, n) for s, (v, m, n) in self.newest.items() if v <= version} | self.judged.get(version, {})
+        rows = {s: (m, n) for s, (v, m, n) in self.earlier.items() if v <= version}
+        for at in sorted(v for v in self.judged if v <= version):
+            rows |= self.judged[at]
         if self.central is not None:
             rows = {s: row for s, row in rows.items() if s == self.central}
         total = sum(n for _, n in rows.values())
@@ -122,8 +122,9 @@ class Scores:
                 self.since_best = sum(v > version for v in self.scored)
             elif version > self.best[0]:
                 self.since_best += 1
-        for old in [v for v in self.judged if v in self.closed and v < version - KEPT]:
-            del self.judged[old]
+        for old in sorted(v for v in self.judged if v in self.closed and v < version - KEPT):
+            words = {s: (old, m, n) for s, (m, n) in self.judged.pop(old).items()}
+            self.earlier |= {s: word for s, word in words.items() if s not in self.earlier or self.earlier[s][0] < old}
         return mean
 
     def withdraw(self, version: int) -> None:
@@ -131,7 +132,6 @@ class Scores:
         self.judged.pop(version, None)
         self.scored.pop(version, None)
         self.closed.discard(version)
-        self.newest = {s: word for s, word in self.newest.items() if word[0] != version}
         if self.best is not None and self.best[0] == version:
             pick = min if self.lower_is_better else max
             at = pick(self.scored, key=self.scored.__getitem__) if self.scored else None
