@@ -53,7 +53,7 @@ class Screen:
         if board is None:
             return
         for line in board["lines"][self._shown : SHOWN_EVENTS]:
-            self.say(f"{board['elapsed_s']:5.0f} s  {line}")
+            self.say(f"{time.monotonic() - self._since:5.0f} s  {line}")
         if self._shown < SHOWN_EVENTS < len(board["lines"]):
             self.say("         ... more of this is in the run's record")
         self._shown = len(board["lines"])
