@@ -13,6 +13,7 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # before anything i
 from rich.console import Console
 
 from raypipe.errors import ConfigError, RaypipeError
+from raypipe.ledger import commands as ledger
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "join":
             sub.add_argument("--cpus", type=float, default=1.0)
             sub.add_argument("--gpus", type=float, default=0.0)
+    ledger.add_parsers(verbs)
     return parser
 
 

@@ -23,9 +23,11 @@ from raypipe.coordinator.board import Board
 from raypipe.coordinator.composition import Composition
 from raypipe.coordinator.diary import Diary
 from raypipe.coordinator.machine import Coordinator
+from raypipe.coordinator.notary import Notary
 from raypipe.coordinator.resume import bring_back
 from raypipe.coordinator.shell import Shell
 from raypipe.errors import RunError
+from raypipe.ledger import roster
 from raypipe.placement.homes import raypipe_home
 from raypipe.run import policy_of
 from raypipe.store.messages import Plan
@@ -83,6 +85,7 @@ def compose(
         first = _take_up(past, machine, diary, book, model)
         machine.policy = policy_of(said)
     clock = _clock(machine.memory().now)
+    notary = _notary(said, place, run, board, demo=home is not None and said.local is not None, threads=threads)
     epochs = said.train.local_epochs
     if epochs is None and said.train.local_steps is None and said.pace != "paced":
         epochs = 1.0
@@ -102,6 +105,7 @@ def compose(
         put=put,
         clock=clock,
         wall=time.time,
+        notary=notary,
     )
     shell.record("run_started", _started(said, run, layout, plan, code, past.epoch + 1))
     for version in past.withdrawn:
@@ -113,8 +117,27 @@ def compose(
         return book.read(version, layout)
 
     return Composition(
-        said, machine, shell, board, plan, place, folder, past.epoch + 1, code, book.versions.kept, read, begin, first
+        said, machine, shell, board, plan, place, folder, past.epoch + 1, code, book.versions.kept, read, begin, first,
+        notary,
+    )  # fmt: skip
+
+
+def _notary(said: RunConfig, place: Path, run: str, board: Board, *, demo: bool, threads: int | None) -> Notary | None:
+    """The run's ledger, open. Demo stores have a roster of their own, as real ones may bear the same names."""
+    if not said.ledger.keep:
+        return None
+    notary = Notary(
+        place / "runs" / run,
+        place,
+        run,
+        roster_file=(place / "demo" / said.name if demo else place) / roster.FILE,
+        rule=said.ledger.roster,
+        threads=threads,
+        wall=time.time,
+        say=board.lines.append,
     )
+    notary.open()
+    return notary
 
 
 def _plan(said: RunConfig, run: str, layout: Layout) -> Plan:
@@ -130,6 +153,7 @@ def _plan(said: RunConfig, run: str, layout: Layout) -> Plan:
         layout=layout.fingerprint,
         keep_optimizer=said.train.keep_optimizer,
         max_bad_share=said.train.max_bad_share,
+        update=said.update,
     )
 
 

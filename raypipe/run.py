@@ -41,7 +41,16 @@ def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-HARMLESS = ("stop.", "track.", "evaluate.", "pacing.join_s", "pacing.hung_s", "pacing.heartbeat_s", "pacing.backoff_s")
+HARMLESS = (
+    "stop.",
+    "track.",
+    "evaluate.",
+    "ledger.roster",
+    "pacing.join_s",
+    "pacing.hung_s",
+    "pacing.heartbeat_s",
+    "pacing.backoff_s",
+)
 
 
 def load_resumed(which: str, path: Path | None, overrides: Sequence[str], *, accept: bool) -> tuple[str, RunConfig]:

@@ -40,7 +40,8 @@ class SitePort:
 
     def __init__(self, home: Path, spoil: Spoil | None = None, *, fresh: bool = True) -> None:
         if fresh:
-            shutil.rmtree(home / "state", ignore_errors=True)  # of an earlier test's run of the same name
+            for kept in ("state", "heads"):  # of an earlier test's run of the same name
+                shutil.rmtree(home / kept, ignore_errors=True)
         self.site, self.spoil, self.store = Site(home), spoil, home.name
         self.run, self.epoch = "run", 0
 
@@ -140,7 +141,11 @@ def run(
             task.result()
         assert running in done, f"not over in 60 s: {made.machine.memory()}"
 
-    asyncio.run(work())
+    try:
+        asyncio.run(work())
+    finally:
+        if made.notary is not None:
+            made.notary.finish()
     return made
 
 
@@ -162,7 +167,8 @@ def test_a_spoiled_update_is_refused_recorded_and_its_store_set_aside(
     spoil: Spoil, said: str, stores: Path, tmp_path: Path
 ) -> None:
     ports = {name: SitePort(stores / name, spoil if name == "b" else None) for name in NAMES}
-    made = run(config(), tmp_path, ports)
+    unsigned = {"keep": False}  # else it is refused as another update than its store signed
+    made = run(config(ledger=unsigned), tmp_path, ports)
     rejected = records(tmp_path, "update_rejected")
     assert [r["store"] for r in rejected] == ["b", "b"]
     assert said in rejected[0]["reason"], rejected
@@ -171,7 +177,11 @@ def test_a_spoiled_update_is_refused_recorded_and_its_store_set_aside(
     assert [v["version"] for v in versions] == [0, 1, 2]
     assert {c["store"] for v in versions for c in v["contributions"]} == {"a", "c"}
     assert np.isfinite(made.read(2)).all()
-    alone = run(config(stores=[{"id": "a"}, {"id": "c"}]), tmp_path / "alone", {n: ports[n] for n in ("a", "c")})
+    alone = run(
+        config(ledger=unsigned, stores=[{"id": "a"}, {"id": "c"}]),
+        tmp_path / "alone",
+        {n: ports[n] for n in ("a", "c")},
+    )
     assert made.read(2).tobytes() == alone.read(2).tobytes(), "it left a trace"
 
 
@@ -286,6 +296,7 @@ def peak_growth(num_stores: int, home: Path) -> tuple[int, int]:
         model={"name": "resnet18"},
         stop={"max_versions": 3},
         track={"mlflow": False},
+        ledger={"keep": False},
     )
     made = compose(said, "warm", home=str(home / "warm"), put=lambda v: None)  # imports and the first torch calls
     size, model_bytes = made.shell.model.layout.update_size, made.shell.model.layout.size * 4

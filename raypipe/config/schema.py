@@ -136,6 +136,13 @@ class Tracking(Section):
     mlflow: bool = True
 
 
+class Ledger(Section):
+    """A record that others can check: two hashes of each update and one of each base, a ticket."""
+
+    keep: bool = True
+    roster: Literal["tofu", "closed"] = "tofu"  # closed: only keys that were enrolled by hand
+
+
 class Local(Section):
     """Only where raypipe itself starts Ray on one machine: the private data sets to make there."""
 
@@ -164,6 +171,7 @@ class RunConfig(Section):
     stop: Stop
     evaluate: Evaluate = Evaluate()
     track: Tracking = Tracking()
+    ledger: Ledger = Ledger()
     local: Local | None = None
 
     @field_validator("name", "data")

@@ -68,6 +68,8 @@ class Contribution:
     seconds: float
     loss: float
     bytes_up: int
+    digest: str | None = None  # of the encoded update; it and the store's signature where the run keeps a ledger
+    signature: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

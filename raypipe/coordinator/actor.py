@@ -82,6 +82,8 @@ class Coordinator:
         finally:
             for task in [*background, *self._keeping.values()]:
                 task.cancel()
+            if made.notary is not None:  # a superseded one writes no more
+                made.notary.close()
 
     async def progress(self, seen: int, timeout_s: float = 1.0) -> dict[str, Any]:
         """How it goes: returns as soon as there are more than `seen` lines, else after `timeout_s`."""
@@ -153,6 +155,8 @@ class Coordinator:
         body = {"reason": reason, "status": "failed", "versions": made.machine.version, "best_version": None}
         with contextlib.suppress(RunError):
             await asyncio.to_thread(made.shell.record, "run_finished", {**body, "at": time.time()})
+            if made.notary is not None:
+                await asyncio.to_thread(made.notary.finish)
             if self._follower is not None:
                 await self._drain()
 
@@ -172,6 +176,7 @@ class Coordinator:
             handles: list[Handle] = [ray.put(first), ray.put(last)]
             ports = {s: p for s, p in shell.ports.items() if s in self._keeping and s != made.config.evaluate.central}
             kwargs = {"seed": made.config.seed, "epoch": made.epoch, "first": handles[0], "best": handles[1]}
+            kwargs["notary"] = made.notary
             judging = conclude(ports, made.board, made.plan, alone=made.config.evaluate.alone, test=judge, **kwargs)
             table = await self._unless_stopped(judging) or unjudged(made.board)
         reason = made.ending(self._stop_reason)
@@ -182,6 +187,8 @@ class Coordinator:
         status = "failed" if failed else "killed" if stopped else "finished"
         finished = {"reason": reason, "status": status, "versions": machine.version, "best_version": best}
         await asyncio.to_thread(shell.record, "run_finished", {**finished, "at": time.time()})
+        if made.notary is not None:
+            await asyncio.to_thread(made.notary.finish)
         self._phase = "handing the record to MLflow"
         tracked = await self._drain() if track.mlflow else None
         self._summary = {**final, **finished, "run": self._run, "folder": str(made.folder), "mlflow": tracked}

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from raypipe.coordinator.board import Board
+from raypipe.coordinator.notary import Notary
 from raypipe.coordinator.shell import Handle, Port
 from raypipe.errors import StoreError
 from raypipe.store import messages as msg
@@ -26,6 +27,7 @@ async def conclude(
     first: Handle,
     alone: bool,
     test: bool,
+    notary: Notary | None = None,
 ) -> list[dict[str, Any]]:
     """A row a store: its numbers from the record, the shared model's and its own model's score on the test split.
 
@@ -47,8 +49,12 @@ async def conclude(
             progress=(0.0, 1.0),
             max_steps=steps,
             judge="test",
+            base=() if notary is None else await notary.prove(store, 0),
         )
-        return _score((await ports[store].train(ticket, raw, first)).evaluation, board.metric)
+        report = await ports[store].train(ticket, raw, first)
+        if notary is not None:
+            notary.heard(store, report)
+        return _score(report.evaluation, board.metric)
 
     rows = {row["store"]: row for row in unjudged(board)}
     there = [s for s, row in rows.items() if row["state"] in ("ready", "training") and s in ports]

@@ -12,6 +12,7 @@ from raypipe.config.schema import RunConfig
 from raypipe.coordinator.actions import Action
 from raypipe.coordinator.board import Board
 from raypipe.coordinator.machine import Coordinator
+from raypipe.coordinator.notary import Notary
 from raypipe.coordinator.shell import Shell
 from raypipe.store.messages import Plan
 
@@ -33,6 +34,7 @@ class Composition:
     read: Callable[[int], np.ndarray]  # a kept version's flat vector
     begin: Callable[[], None]  # the newest version durable and fetchable
     first: list[Action]  # what is to be done before anything happens
+    notary: Notary | None  # where the run keeps a ledger
 
     def ending(self, stop_reason: str) -> str:
         """Why the run ended, in a few words."""

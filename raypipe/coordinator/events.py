@@ -73,6 +73,18 @@ class UpdateArrived:
     ticket: str
     num_bytes: int
     at: float
+    digest: str | None = None  # as its store signed it
+    signature: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRefused:
+    """An update came that is not what its store signed, or whose store may not sign."""
+
+    ticket: str
+    reason: str
+    at: float
+    digest: str | None = None  # of what came
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +164,7 @@ Event: TypeAlias = (
     | Trained
     | TrainingFailed
     | UpdateArrived
+    | UpdateRefused
     | Folded
     | Published
     | Kept

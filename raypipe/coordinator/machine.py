@@ -94,6 +94,8 @@ class Coordinator:
                 actions += self._failed(event, at)
             case ev.UpdateArrived():
                 self._arrived(event)
+            case ev.UpdateRefused():
+                actions += self._refused(event)
             case ev.Folded():
                 actions += self._folded(event)
             case ev.Published():
@@ -262,6 +264,7 @@ class Coordinator:
         if ticket is None or ticket.phase is not Phase.COLLECTING:
             return
         ticket.phase, ticket.num_bytes = Phase.ARRIVED, event.num_bytes
+        ticket.digest, ticket.signature = event.digest, event.signature
         member = self.members[ticket.store]
         member.warm = True
         if not ticket.again:
@@ -291,13 +294,28 @@ class Coordinator:
             self.cohort.append(ticket.store)
         return actions
 
+    def _refused(self, event: ev.UpdateRefused) -> list[do.Action]:
+        ticket = self.tickets.get(event.ticket)
+        if ticket is None or ticket.phase is not Phase.COLLECTING:
+            return []
+        ticket.digest = event.digest
+        return self._reject(ticket, event.reason, event.at)
+
+    def _reject(self, ticket: Ticket, reason: str, at: float) -> list[do.Action]:
+        """Its update is not folded, and its store is told."""
+        del self.tickets[ticket.id]
+        body = {"store": ticket.store, "ticket": ticket.id, "reason": reason, "digest": ticket.digest}
+        told: list[do.Action] = [
+            do.Record("update_rejected", body),
+            do.Settle(ticket.store, ticket.id, None, reason),
+        ]
+        return told + self._try_again(ticket, reason, at)
+
     def _folded(self, event: ev.Folded) -> list[do.Action]:
         actions: list[do.Action] = []
         for ticket_id, reason in event.rejected:
-            if (ticket := self.tickets.pop(ticket_id, None)) is not None:
-                body = {"store": ticket.store, "ticket": ticket_id, "reason": reason}
-                actions += [do.Record("update_rejected", body), do.Settle(ticket.store, ticket_id, None, reason)]
-                actions += self._try_again(ticket, reason, event.at)
+            if (ticket := self.tickets.get(ticket_id)) is not None:
+                actions += self._reject(ticket, reason, event.at)
         for ticket_id in event.tickets:
             ticket = self.tickets.get(ticket_id)
             if ticket is not None and ticket.phase is Phase.FOLDING:
@@ -633,4 +651,6 @@ def _contribution(ticket: Ticket, total: float) -> do.Contribution:
         seconds=ticket.seconds,
         loss=ticket.loss,
         bytes_up=ticket.num_bytes,
+        digest=ticket.digest,
+        signature=ticket.signature,
     )

@@ -17,7 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -26,8 +26,10 @@ from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.board import Board
 from raypipe.coordinator.diary import Diary
+from raypipe.coordinator.notary import Checked, Notary
 from raypipe.coordinator.state import Memory
 from raypipe.errors import ConfigError, RunError, StoreError, StoreRefused, StoreSuperseded
+from raypipe.ledger.follow import KINDS
 from raypipe.store import messages as msg
 from raypipe.store.seeds import ticket_seed
 from raypipe.tasks.metrics import metrics
@@ -105,12 +107,13 @@ class Shell:
         put: Callable[[np.ndarray], Handle],
         clock: Callable[[], float],
         wall: Callable[[], float],
+        notary: Notary | None = None,
     ) -> None:
         self.inbox: asyncio.Queue[ev.Event] = asyncio.Queue()
         self.ports: dict[str, Port] = {}
         self.model, self.book, self.board, self.put = model, book, board, put
         self.diary, self.memory = diary, memory
-        self.clock, self.wall = clock, wall
+        self.clock, self.wall, self.notary = clock, wall, notary
         self.plan = msg.encode(plan)
         self._run, self._seed, self._epoch, self._how = run, seed, epoch, how
         self._max_epochs, self._max_steps = max_epochs, max_steps
@@ -143,6 +146,8 @@ class Shell:
             case do.Settle():
                 self._updates.pop(action.ticket, None)
                 self._collecting.discard(action.ticket)
+                if self.notary is not None:
+                    self.notary.forget(action.ticket)
                 version = action.version if action.version is not None else self.book.folded_into(action.ticket)
                 if action.store in self.ports:  # else it hears of it when it is back
                     self.ports[action.store].settle(msg.Verdict(action.ticket, version, action.reason))
@@ -176,6 +181,7 @@ class Shell:
             said, tries = "", 0
             counts = card.data.get(self._data, {})
             body = {"store": store, "counts": counts, "cpus": card.cpus, "gpu": card.gpu, "node": card.node}
+            body |= {"key": card.key, "limits": card.limits}
             body |= {"data_bytes": card.data_bytes.get(self._data, 0), "hash": card.data_hashes.get(self._data)}
             await self._in_lane(do.Record("store_joined", body))
             if trains:
@@ -197,7 +203,10 @@ class Shell:
             if not joining.done():
                 reason = port.waiting_for(PATIENCE_S)
                 await self._in_lane(do.Record("store_missing", {"store": store, "reason": reason}))
-            return await joining
+            card = await joining
+            if self.notary is not None:
+                await asyncio.to_thread(self.notary.admit, store, card)
+            return card
         finally:
             joining.cancel()
 
@@ -226,6 +235,8 @@ class Shell:
         if action.evaluate:
             self._unjudged.add(action.version)
         try:
+            if self.notary is not None:
+                ticket = replace(ticket, base=await self.notary.prove(action.store, action.version))
             handle = await self._handle(action.version)
             report = await self.ports[action.store].train(ticket, self.plan, handle, self._how)
         except StoreSuperseded:
@@ -236,6 +247,8 @@ class Shell:
         finally:
             self._release(action.version)
             self.board.ready(action.store)
+        if self.notary is not None:
+            self.notary.heard(action.store, replace(report, ticket=action.ticket, version=action.version))
         if report.evaluation is not None:
             self.inbox.put_nowait(self._judged(action.version, action.store, report.evaluation))
         return ev.Trained(
@@ -250,12 +263,16 @@ class Shell:
             self._collecting.discard(action.ticket)
             final = isinstance(error, StoreRefused)
             return ev.TrainingFailed(action.ticket, _bare(error, action.store), self.clock(), final)
+        signed = Checked() if self.notary is None else await self.notary.checked(action.store, action.ticket, update)
+        if signed.reason:
+            self._collecting.discard(action.ticket)
+            return ev.UpdateRefused(action.ticket, signed.reason, self.clock(), signed.digest)
         if action.ticket not in self._collecting:  # settled while it was on its way
             return ev.TrainingFailed(action.ticket, "it came too late", self.clock())
         self._collecting.discard(action.ticket)
         self._updates[action.ticket] = update
         self._bytes_total += update.nbytes
-        return ev.UpdateArrived(action.ticket, update.nbytes, self.clock())
+        return ev.UpdateArrived(action.ticket, update.nbytes, self.clock(), signed.digest, signed.signature)
 
     async def _evaluate(self, action: do.Evaluate) -> ev.Event:
         self._count_down(action.version, action.store)
@@ -402,6 +419,8 @@ class Shell:
         """Write a fact down, then let it be seen. In the lane's thread, or before the lane runs."""
         self._patiently(self.book.record, kind, body)
         self.board.add(kind, body)
+        if self.notary is not None and kind in KINDS:
+            self.notary.wake()
         if kind == "evaluated":
             self._unjudged.discard(body["version"])
 

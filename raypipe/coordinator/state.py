@@ -46,6 +46,8 @@ class Ticket:
     weight: float = 0.0
     staleness: int = 0
     place: int = 0  # in the order of folding
+    digest: str | None = None
+    signature: str | None = None
     arrived: bool = False
     again: bool = False  # asked for a second time, of a store that may have had it ready: its time tells nothing
 

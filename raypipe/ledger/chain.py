@@ -37,6 +37,10 @@ from raypipe.ledger.lines import FILE, Line, read_lines
 from raypipe.ledger.tree import Tree
 
 
+class LedgerBusy(RunError):
+    """Another process writes it, and may end soon."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where a sealed version's entry lies in the file."""
@@ -52,7 +56,7 @@ class Ledger:
     def __init__(self, folder: Path, key: Key, run: str) -> None:
         """Opens the run's ledger, or begins it. Cuts off what a crash left behind the last head: see `recovered`.
 
-        Raises RunError: another process writes it, or it is not what this key signed last.
+        Raises LedgerBusy: another process writes it. Raises RunError: it is not what this key signed last.
         """
         self.path, self.recovered = folder / FILE, ""
         self._key, self._run = key, run
@@ -75,7 +79,7 @@ class Ledger:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise RunError(f"another process writes the ledger {self.path}") from None
+            raise LedgerBusy(f"another process writes the ledger {self.path}") from None
         except OSError as error:
             raise RunError(f"the ledger {self.path} cannot be opened: {error.strerror}") from None
         try:

@@ -115,6 +115,8 @@ class SiteActor:
                 self._site = self._make()
             return run(self._site)
         except Exception as error:  # noqa: BLE001  the shell: whatever it is, it must not carry private data out
+            if self._site is not None:
+                return msg.encode(self._site.refusal(error, method))
             return msg.encode(refusal(error, self._store, method, self._log))
 
 

@@ -14,6 +14,9 @@ Training and handing over are two steps, so that transfers are timed apart from 
 the coordinator that asked for it: one that comes back asks `describe` what waits, and collects that. A ticket sent
 again gives the report that waits, or is trained again from its base with its seed.
 
+In a run that keeps a ledger (protocol 3) a ticket brings proofs that its base is on the chain, and a report the
+store's signature: over the update as the plan's codecs encode it, and over the head that the proofs were under.
+
 Every call bears the epoch of its coordinator. A store that has heard of a newer one for the same run refuses it:
 superseded. Epochs count from 1; 0 is no coordinator's, and is not refused.
 """
@@ -29,7 +32,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from raypipe.errors import StoreError, StoreRefused, StoreSuperseded
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 Part: TypeAlias = dict[str, Any]  # a part's name and its settings, as in the configuration
 Command: TypeAlias = Literal["stop", "pause", "resume"]
@@ -52,6 +55,8 @@ class Card:
     limits: dict[str, float]  # max_examples, max_seconds, max_upload_bytes
     data_bytes: dict[str, int] = field(default_factory=dict)  # data set name -> bytes on disk
     outbox: tuple[str, ...] = ()  # tickets of the run asked about that wait to be settled, the oldest first
+    key: str | None = None  # the public half of the key that the store signs with, 64 hex digits
+    head_size: int = 0  # of the last head of the run's ledger that it co-signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,7 @@ class Plan:
     layout: str  # fingerprint of the vector's layout
     keep_optimizer: bool = False
     max_bad_share: float = 0.01  # undecodable images above this share: the store refuses
+    update: list[Part] = field(default_factory=list)  # the codecs by which updates leave, for what is signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,7 @@ class Ticket:
     max_epochs: float | None = None
     evaluate: str | None = None  # a split on which the base version is evaluated before training
     judge: str | None = None  # a split on which the result is evaluated; then no update is kept
+    base: tuple[dict[str, Any], ...] = ()  # proofs that the base is on the chain, from each head the store may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +122,9 @@ class Report:
     update_bytes: int
     stopped: Literal["done", "budget", "control"]
     evaluation: Evaluation | None = None
+    digest: str = ""  # of the encoded update; it and the signature are empty in a run without a ledger
+    signature: str = ""  # over `ledger.offline.update_statement`
+    cosignature: dict[str, Any] | None = None  # of the head that the base's proof was under
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@
     max_seconds: 600           # per ticket; the same
     max_upload_bytes: 1000000000
     max_bad_share: 0.05        # images that cannot be read; above it the store refuses to train
+    coordinators: []           # public keys; with any, only what one of these has signed a ledger of is trained on
 
 Messages name keys and what is asked for, never a folder: they may leave the store.
 """
@@ -30,6 +31,7 @@ FILE = "policy.yaml"
 MAX_LR = 1e6  # beyond float32's range torch raises, far below it weights do not stay finite
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count: TypeAlias = Annotated[int, Field(ge=1)]
+PublicKey: TypeAlias = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name: TypeAlias = Annotated[str, Field(pattern=NAME.pattern)]
 N = TypeVar("N", int, float)
 
@@ -67,6 +69,7 @@ class Policy(BaseModel):
     max_seconds: Positive | None = None
     max_upload_bytes: Count | None = None
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    coordinators: tuple[PublicKey, ...] = ()
 
     def limits(self) -> dict[str, float]:
         """As a Card tells them; only those that are set."""

@@ -1,6 +1,7 @@
 """The plain server of the store protocol: no Ray, no network. A shell around it carries messages in and out.
 
-    train      fencing -> policy -> model and data, built once -> [evaluate the base] -> train -> update to the outbox
+    train      fencing -> policy -> is the base on the ledger? -> model and data, built once -> [evaluate the base]
+               -> train -> signed -> update to the outbox
     collect    the update, encoded, as often as it is asked for
     settle     the update is forgotten; the optimizer's state is kept only if the update became part of a version
 
@@ -17,7 +18,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -28,6 +29,7 @@ import torch
 
 from raypipe.errors import ConfigError, StoreError, StoreRefused
 from raypipe.models import models
+from raypipe.store.attest import Attestor, Base
 from raypipe.store.batches import Images
 from raypipe.store.messages import PROTOCOL, Card, Command, Evaluation, Part, Plan, Refusal, Report, Ticket, Verdict
 from raypipe.store.optimizers import optimizers
@@ -57,6 +59,7 @@ class Admitted:
     images: Images
     limits: Limits
     control: Control
+    base: Base | None  # in a run that keeps a ledger
 
 
 class Site:
@@ -85,6 +88,7 @@ class Site:
         self._device = self._take_device()
         self._shelf = Shelf(self.policy, self._device, threads=self._threads, cache_bytes=cache_bytes)
         self._log = site_log(home, self.store)
+        self._attestor = Attestor(home, self.policy, threads=self._threads, wall=wall)
         self._home, self._point = home, point
         self._outboxes: dict[str, Outbox] = {}
         self._opening = Lock()
@@ -99,6 +103,7 @@ class Site:
         for outbox in self._outboxes.values():
             outbox.close()
         self._outboxes.clear()
+        self._attestor.close()
 
     def describe(self, run: str = "", epoch: int = 0) -> Card:
         """Opens every data set of the policy; one that cannot be read is left out, and refused when asked for.
@@ -112,7 +117,7 @@ class Site:
                 data[name] = self._shelf.data(name)
             except (ConfigError, StoreRefused) as error:
                 self._log.error("data set left out: %s", error.message)
-        return Card(
+        card = Card(
             store=self.store,
             protocol=PROTOCOL,
             data={name: dict(opened.counts) for name, opened in data.items()},
@@ -126,20 +131,29 @@ class Site:
             limits=self.policy.limits(),
             data_bytes={name: self._shelf.num_bytes(name) for name in data},
             outbox=waiting,
+            key=self._attestor.public,
+            head_size=self._attestor.head_size(run) if run else 0,
         )
+        if run:
+            self._attestor.left("card", run, "", card, "the coordinator asked who this is")
+        return card
 
     def train(self, ticket: Ticket, plan: Plan, weights: Array) -> Report:
         """The update stays in the outbox. A ticket that waits there already gives the same report again."""
         with self._work:
             outbox = self._fenced(plan.run, ticket.epoch)
-            if (waiting := outbox.report(ticket.id)) is not None:
-                return waiting
-            limits = self.policy.admit(ticket, plan)
-            learner = self._shelf.learner(plan, weights)
-            images = self._shelf.images(plan, learner.task, "train")
-            with self._controlled(ticket.id) as control:
-                admitted = Admitted(ticket, plan, weights, learner, images, limits, control)
-                return self._judged(admitted) if ticket.judge is not None else self._finished(admitted, outbox)
+            report = outbox.report(ticket.id) or self._made(ticket, plan, weights, outbox)
+            self._attestor.left("report", plan.run, ticket.id, report, f"trained from version {report.version}")
+            return report
+
+    def _made(self, ticket: Ticket, plan: Plan, weights: Array, outbox: Outbox) -> Report:
+        limits = self.policy.admit(ticket, plan)
+        base = self._attestor.check(ticket, plan, weights)
+        learner = self._shelf.learner(plan, weights)
+        images = self._shelf.images(plan, learner.task, "train")
+        with self._controlled(ticket.id) as control:
+            admitted = Admitted(ticket, plan, weights, learner, images, limits, control, base)
+            return self._judged(admitted) if ticket.judge is not None else self._finished(admitted, outbox)
 
     def collect(self, ticket_id: str, how: list[Part], run: str = "", epoch: int = 0) -> Array:
         """The update through this chain of codecs; with none, the float32 vector itself, not a copy.
@@ -147,16 +161,16 @@ class Site:
         It is whole until its ticket is settled. Raises StoreRefused, StoreSuperseded.
         """
         outbox = self._asked(ticket_id, run, epoch)
-        encoded = outbox.update(ticket_id) if outbox is not None else None
-        if encoded is None:
+        update = outbox.update(ticket_id) if outbox is not None else None
+        report = outbox.report(ticket_id) if outbox is not None else None
+        if update is None or report is None:
             raise StoreRefused("no update waits for this ticket: it was settled, dropped, or never made")
-        if how:
-            from raypipe.update.codec import encode_chain
-
-            encoded = encode_chain(how, encoded)
+        encoded = self._attestor.encoded(ticket_id, how, update)
         most = self.policy.max_upload_bytes
         if most is not None and encoded.nbytes > most:
             raise StoreRefused(f"the update has {encoded.nbytes} bytes, the store's policy allows {most}")
+        if run:
+            self._attestor.update_left(report, run, how, encoded, f"asked for by the coordinator of epoch {epoch}")
         return encoded
 
     def settle(self, verdict: Verdict) -> None:
@@ -177,6 +191,8 @@ class Site:
                 evaluation = self._evaluate(plan, learner, split, control)
         if evaluation is None:
             raise StoreRefused("the evaluation was stopped")
+        if epoch:
+            self._attestor.left("evaluation", plan.run, "", evaluation, f"a version was judged on {split}")
         return evaluation
 
     def control(self, ticket_id: str, command: Command, run: str = "", epoch: int = 0) -> None:
@@ -197,7 +213,12 @@ class Site:
 
     def refusal(self, error: BaseException, method: str, ticket_id: str = "") -> Refusal:
         """An exception as a message; what may not leave the store goes to its own log."""
-        return refusal(error, self.store, method, self._log, ticket_id)
+        made = refusal(error, self.store, method, self._log, ticket_id)
+        run = next(reversed(self._outboxes), "")  # a process works on one run; else on the last that was spoken of
+        if run:
+            with suppress(StoreError):  # a full disk: a refusal holds nothing that may not leave
+                self._attestor.left("refusal", run, ticket_id, made, f"{method} was refused or failed")
+        return made
 
     def _judge_base(self, plan: Plan, learner: Learner, split: str, control: Control) -> Evaluation | None:
         """None where the store has no such split, or nothing in it: it trains all the same."""
@@ -222,6 +243,7 @@ class Site:
             if not finite:
                 raise StoreError(f"the update is not finite after {outcome.steps} steps; lower lr")
             report = self._report(ticket, asked.images, outcome, update.nbytes, evaluation)
+            report = self._attestor.sign(report, plan, asked.base, update)
             outbox.put(report, slot, key, optimizer.state_dict() if plan.keep_optimizer else None)
         return report
 
@@ -232,7 +254,8 @@ class Site:
         outcome = self._trained(asked, optimizer, slowdown=1.0)
         assert asked.ticket.judge is not None
         judged = self._evaluate(asked.plan, asked.learner, asked.ticket.judge, asked.control)
-        return self._report(asked.ticket, asked.images, outcome, 0, judged)
+        report = self._report(asked.ticket, asked.images, outcome, 0, judged)
+        return self._attestor.sign(report, asked.plan, asked.base, None)
 
     def _trained(self, asked: Admitted, optimizer: torch.optim.Optimizer, slowdown: float) -> Outcome:
         work = Work(

@@ -67,6 +67,8 @@ class StoreJoined(TypedDict):
     cpus: float
     gpu: str | None
     node: str
+    key: NotRequired[str | None]  # public; what it signs its updates with
+    limits: NotRequired[dict[str, float]]  # by its own policy
 
 
 class StoreLeft(TypedDict):
@@ -89,6 +91,7 @@ class UpdateRejected(TypedDict):
     store: str
     ticket: str
     reason: str
+    digest: NotRequired[str | None]
 
 
 class Contribution(TypedDict):
@@ -105,6 +108,8 @@ class Contribution(TypedDict):
     seconds: float
     loss: float
     bytes_up: int
+    digest: NotRequired[str | None]  # of the encoded update
+    signature: NotRequired[str | None]  # the store's, over `ledger.offline.update_statement`
 
 
 class VersionPublished(TypedDict):
