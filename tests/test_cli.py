@@ -48,6 +48,9 @@ def test_all_mistakes_are_shown_together_with_exit_code_2(tmp_path: Path) -> Non
         (("predict", "models:/nope@champion", "a.png"), "nope"),
         (("rollback", "nope"), "nope"),
         (("track", "nope"), "no run named 'nope'"),
+        (("ledger", "verify", "nope"), "no run named 'nope'"),
+        (("ledger", "revoke", "nope"), "store nope has no key"),
+        (("evidence", "nope"), "no run named 'nope'"),
     ],
 )
 def test_a_mistyped_command_gets_one_line(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ import pytest
 from conftest import ROOT
 
 from raypipe.errors import RaypipeError
+from raypipe.ledger.receipts import read_receipts
+from raypipe.ledger.verify import verify
 from raypipe.tracking.book import run_folder
 from raypipe.tracking.journal import Journal
 from raypipe.tracking.lineage import History, read_history
@@ -95,6 +97,17 @@ def test_a_killed_coordinator_and_a_killed_machine_lose_nothing(home: Path) -> N
     assert len(family(history)) == len(set(family(history))) == 2 * VERSIONS
     starts = [r.body["epoch"] for r in Journal(run_folder("last", home) / "journal.sqlite").read(kinds=["run_started"])]
     assert starts == [1, 2, 3]
+
+    found = verify(run_folder("last", home))
+    assert found.ok, found.problems
+    assert not any("unsigned" in note.line or "never sealed" in note.line for note in found.notes), found.notes
+    wanted = {"run": 3, "update": 2 * VERSIONS, "version": VERSIONS + 1, "finished": 1}
+    assert {kind: found.counts[kind] for kind in wanted} == wanted
+    assert found.counts["cosignatures"] >= VERSIONS
+    for store in ("a", "b"):
+        kinds = read_receipts(home / "demo" / "sync" / store / "egress" / run_folder("last", home).name).kinds
+        assert kinds["update"].messages >= VERSIONS
+        assert kinds["report"].messages >= VERSIONS
 
     over = start(home, "--resume", "last")
     assert f"is over: {VERSIONS} versions" in over.communicate(timeout=60)[0]

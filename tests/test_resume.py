@@ -20,6 +20,7 @@ from test_shell import NAMES, SitePort, config, run
 from raypipe.data.sample import load_sample
 from raypipe.data.stores import make_stores
 from raypipe.errors import RunError
+from raypipe.ledger.verify import read_saved, verify
 from raypipe.tracking.journal import Journal
 from raypipe.tracking.lineage import read_history
 from raypipe.tracking.versions import VersionStore
@@ -70,6 +71,16 @@ def kill_and_resume(said: dict[str, Any], home: Path, stores: Path, seed: int, k
     raise AssertionError
 
 
+def assert_ledger_holds(home: Path, signed: int) -> None:
+    """By itself and against the heads that each store kept; every update is in it once, signed."""
+    kept = [read_saved(file) for file in sorted(home.glob("stores/*/heads/run.heads.jsonl"))]
+    found = verify(home / "runs" / "run", kept)
+    assert len(kept) == len(NAMES)
+    assert found.ok, found.problems
+    assert not any("unsigned" in note.line for note in found.notes)
+    assert found.counts["update"] == signed
+
+
 @pytest.mark.parametrize("server", [{"name": "sgd"}, {"name": "adam"}], ids=["sgd", "adam"])
 def test_a_run_killed_anywhere_ends_with_the_bytes_of_one_never_killed(server: dict[str, Any], tmp_path: Path) -> None:
     said = config(train=LONG, server=server, stop={"max_versions": 6}, track={"mlflow": False, "keep_last": 100})
@@ -78,6 +89,8 @@ def test_a_run_killed_anywhere_ends_with_the_bytes_of_one_never_killed(server: d
     assert kill_and_resume(said, tmp_path / "calm", tmp_path / "calm" / "stores", 0, 0) == 0
     assert kill_and_resume(said, tmp_path / "killed", tmp_path / "killed" / "stores", 7, 4) >= 2
     calm, killed = (read_history(tmp_path / name / "runs" / "run") for name in ("calm", "killed"))
+    for name in ("calm", "killed"):
+        assert_ledger_holds(tmp_path / name, signed=18)
     assert [v["hash"] for v in killed.versions.values()] == [v["hash"] for v in calm.versions.values()]
     assert list(killed.versions) == list(range(7))
     weights = [VersionStore(tmp_path / name / "runs" / "run" / "versions").read(6) for name in ("calm", "killed")]
@@ -97,3 +110,4 @@ def test_an_asynchronous_run_killed_anywhere_counts_each_update_once(tmp_path: P
     tickets = [c["ticket"] for v in history.versions.values() for c in v["contributions"]]
     assert len(tickets) == len(set(tickets))
     assert all(c["staleness"] >= 0 for v in history.versions.values() for c in v["contributions"])
+    assert_ledger_holds(tmp_path, signed=len(tickets))

@@ -38,6 +38,8 @@ def add_parsers(subparsers: Parsers) -> None:
     enrolled.add_argument("key", metavar="KEY", help="its Ed25519 public key, 64 hex digits")
     gone = _verb(verbs, "revoke", ledger_revoke, "say that a store's key counts no more")
     gone.add_argument("store", metavar="STORE")
+    for sub in (enrolled, gone):
+        sub.add_argument("--roster", type=Path, metavar="FILE", help="default: that of the coordinator's machine")
     page = _verb(subparsers, "evidence", evidence, "write one page about a run for an auditor", run=True)
     page.add_argument("--out", type=Path, help="default: evidence-RUN.html here")
     for sub in (checked, page):
@@ -102,7 +104,7 @@ def ledger_enroll(options: argparse.Namespace) -> int:
         before.append(roster.key_of(options.store))
         return enroll(roster, options.store, options.key, time.time())
 
-    path = _roster(change)
+    path = _roster(options, change)
     if before == [options.key]:
         _say(f"store {options.store} is enrolled with {_key(options.key)} already")
     else:
@@ -116,7 +118,7 @@ def ledger_revoke(options: argparse.Namespace) -> int:
     """The store's key counts no more."""
     from raypipe.ledger.roster import revoke
 
-    path = _roster(lambda roster: revoke(roster, options.store, time.time()))
+    path = _roster(options, lambda roster: revoke(roster, options.store, time.time()))
     _say(f"the key of store {options.store} is revoked; roster: {path}")
     return 0
 
@@ -158,12 +160,12 @@ def _folder(which: str) -> Path:
     return folder
 
 
-def _roster(change: Callable[[Roster], Roster]) -> Path:
+def _roster(options: argparse.Namespace, change: Callable[[Roster], Roster]) -> Path:
     """Where it lies."""
     from raypipe.ledger.roster import FILE, change_roster
     from raypipe.placement.homes import raypipe_home
 
-    path = raypipe_home() / FILE
+    path: Path = options.roster or raypipe_home() / FILE
     change_roster(path, change)
     return path
 

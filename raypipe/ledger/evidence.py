@@ -30,7 +30,7 @@ code, pre { font: 12px/1.4 monospace; overflow-wrap: anywhere; white-space: pre-
 """
 LIMITS = (
     "The holder of the coordinator's key can write another ledger from the start; heads that stores or others kept show"
-    " it, this page alone does not.",
+    " it, the ledger alone does not.",
     "A signature says which store sent which bytes, not that it trained honestly, nor on which images.",
     "That a key belongs to a store is the roster's word, or the first contact's.",
 )
