@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 from bench_floor import Job, to_json, write_sleepy
+from bench_ledger import ledger_seconds
 from bench_parts import WARM, coordinator_ms, fold_ratios, fold_single_ratios
 
 from raypipe.config.schema import RunConfig
@@ -54,6 +55,7 @@ MUST = {
     "w3_ratio": 1.15,
     "main_job_s": 120.0,
     "w1_command": 1.2,
+    "ledger_ratio": 1.2,
 }
 
 
@@ -309,9 +311,18 @@ class Bench:
         self.start()
         load, updates = os.getloadavg()[0], 100 if self.quick else 300
         config = {**configuration("coordinator"), "model": {"name": "small_cnn", "hidden": 119}, "pace": "fedbuff"}
+        config |= {"ledger": {"keep": False}}  # its stores have no keys; what a ledger costs is a figure of its own
         config |= {"pacing": {}, "stop": {"max_versions": updates // 5}}
         times = [coordinator_ms(self.load(config), self.folder) for _ in range(self.repeats)]
         return Line("coordinator_ms", median(times), {"runs": times, "updates": updates, "load": load})
+
+    def ledger(self) -> Line:
+        """All but the stores' hash of their base, over hashing every update twice; in the detail with it too."""
+        load, found = os.getloadavg()[0], ledger_seconds(self.folder / "ledger", 5 if self.quick else 15)
+        whole = [(one["stores"] + one["coordinator"]) / one["twice"] for one in found]
+        value = median(all_ - one["bases"] / one["twice"] for all_, one in zip(whole, found, strict=True))
+        seconds = {part: median(one[part] for one in found) for part in found[0]}
+        return Line("ledger_ratio", value, {"with_base_checks": median(whole), **seconds, "load": load})
 
 
 def _differences(at: list[float]) -> list[float]:
@@ -337,6 +348,7 @@ FIGURES: dict[str, tuple[str, Callable[[Bench], Line]]] = {
     "fold": ("fold_ratio", Bench.fold),
     "fold_single": ("fold_single_ratio", Bench.fold_single),
     "coordinator": ("coordinator_ms", Bench.coordinator),
+    "ledger": ("ledger_ratio", Bench.ledger),
     "w1": ("w1_ratio", Bench.w1),
     "w2": ("w2_ratio", Bench.w2),
     "w3": ("w3_ratio", Bench.w3),
