@@ -253,10 +253,10 @@ def test_a_history_rewritten_with_the_coordinators_own_key_is_found_by_a_stores_
 class OtherWeights(SitePort):
     """A coordinator that hands this store another model than it published."""
 
-    async def train(self, ticket: msg.Ticket, plan: bytes, weights: np.ndarray) -> msg.Report:
+    async def train(self, ticket: msg.Ticket, plan: bytes, weights: np.ndarray, *how: Any) -> msg.Report:
         other = weights.copy()
         other[3] += 1e-3
-        return await super().train(ticket, plan, other)
+        return await super().train(ticket, plan, other, *how)
 
 
 def test_a_store_that_is_handed_another_model_does_not_train_on_it(stores: Path, tmp_path: Path) -> None:
@@ -433,8 +433,8 @@ class LostReport(SitePort):
 
     lost = False
 
-    async def train(self, ticket: msg.Ticket, plan: bytes, weights: np.ndarray) -> msg.Report:
-        report = await super().train(ticket, plan, weights)
+    async def train(self, ticket: msg.Ticket, plan: bytes, weights: np.ndarray, *how: Any) -> msg.Report:
+        report = await super().train(ticket, plan, weights, *how)
         if not self.lost:
             self.lost = True
             raise StoreUnreachable("store b: the link is gone")

@@ -215,7 +215,7 @@ class Site:
         """An exception as a message; what may not leave the store goes to its own log."""
         made = refusal(error, self.store, method, self._log, ticket_id)
         run = next(reversed(self._outboxes), "")  # a process works on one run; else on the last that was spoken of
-        if run:
+        if run and method != "settle":  # a verdict is not answered
             with suppress(StoreError):  # a full disk: a refusal holds nothing that may not leave
                 self._attestor.left("refusal", run, ticket_id, made, f"{method} was refused or failed")
         return made
