@@ -59,8 +59,8 @@ class Versions:
 
     def publish(self, version: int, contributions: list[Contribution]) -> None:
         parent = version - 1 if version else None
-        body = {"version": version, "parent": parent, "hash": self.base}
-        body["contributions"] = [asdict(one) for one in contributions]
+        made = [asdict(one) for one in contributions]
+        body = {"version": version, "parent": parent, "hash": self.base, "contributions": made}
         self.journal.append("version_published", body, time.time())
 
     async def ticket(self, store: str, version: int, update: np.ndarray) -> tuple[float, float, Contribution]:
