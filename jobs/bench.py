@@ -3,9 +3,9 @@
 python jobs/bench.py [--json] [--only w1,w2,...] [--repeats 3] [--quick]
 
 raypipe runs as a user runs it: RunConfig, coordinator actor, journal, MLflow (embedded), each version judged at each
-store. The floors are in bench_floor.py. Ratios are medians of paired repeats, floor and raypipe in turn; a busy
-machine spoils them, so `load` says how busy it was before each pair. --quick: one short repeat, no w1_command.
-Exit code 1 if a figure is missed.
+store. The ledger is a figure of its own: what it costs depends on the model's size alone. The floors are in
+bench_floor.py. Ratios are medians of paired repeats, floor and raypipe in turn; a busy machine spoils them, so `load`
+says how busy it was before each pair. --quick: one short repeat, no w1_command. Exit code 1 if a figure is missed.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def configuration(name: str, num_stores: int = 10, **changes: Any) -> dict[str, 
         "pace": "wait_for_all",
         "pacing": {"concurrency": 2},
         "stop": {"max_versions": 10},
+        "ledger": {"keep": False},
         "local": {"split": "iid", "size_ratio": 1, "camera_shift": 0, "max_images": 2000},
     }
     return {**said, **changes}
@@ -311,7 +312,6 @@ class Bench:
         self.start()
         load, updates = os.getloadavg()[0], 100 if self.quick else 300
         config = {**configuration("coordinator"), "model": {"name": "small_cnn", "hidden": 119}, "pace": "fedbuff"}
-        config |= {"ledger": {"keep": False}}  # its stores have no keys; what a ledger costs is a figure of its own
         config |= {"pacing": {}, "stop": {"max_versions": updates // 5}}
         times = [coordinator_ms(self.load(config), self.folder) for _ in range(self.repeats)]
         return Line("coordinator_ms", median(times), {"runs": times, "updates": updates, "load": load})
