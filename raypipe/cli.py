@@ -53,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", metavar="RUN", help="take up a run that died, by its id or 'last'")
     train.add_argument("--accept-changes", action="store_true", help="with --resume CONFIG: what may change, changes")
     train.add_argument("--address", help="a running Ray cluster, e.g. 10.0.0.1:6379; default: RAY_ADDRESS, else here")
+    resume = verb("resume", _resume, "take up every run of this cluster's head that died; see cluster/head-node")
+    resume.add_argument("--address", help="the Ray cluster; default: RAY_ADDRESS, else the one on this machine")
     check = verb("check", _check, "say what would run where and what it would move; start nothing")
     configured(check)
     data = verb("data", _data, "make private store data sets from a sample")
@@ -107,6 +109,15 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         summary = federate(config, options.address, screen, run)
     show_summary(console, summary, f"raypipe promote {summary['run']} {summary['best_version']} --as champion")
     return 1 if summary["status"] == "failed" else 0
+
+
+def _resume(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.launch import take_up
+
+    take_up(
+        options.address or os.environ.get("RAY_ADDRESS") or "auto", lambda line: print(f"raypipe: {line}", flush=True)
+    )
+    return 0
 
 
 def _ask(options: argparse.Namespace, console: Console) -> int:

@@ -107,7 +107,7 @@ def compose(
         wall=time.time,
         notary=notary,
     )
-    shell.record("run_started", _started(said, run, layout, plan, code, past.epoch + 1))
+    shell.record("run_started", _started(said, run, layout, plan, code, past.epoch + 1, home is None))
     for version in past.withdrawn:
         shell.record("version_withdrawn", {"version": version, "reason": "its weights were lost"})
     diary.checkpoint(machine.memory())
@@ -171,7 +171,9 @@ def _clock(start: float) -> Callable[[], float]:
     return lambda: start + time.monotonic() - begun
 
 
-def _started(said: RunConfig, run: str, layout: Layout, plan: Plan, code: str, epoch: int) -> dict[str, Any]:
+def _started(
+    said: RunConfig, run: str, layout: Layout, plan: Plan, code: str, epoch: int, cluster: bool
+) -> dict[str, Any]:
     return {
         "run": run,
         "name": said.name,
@@ -184,6 +186,7 @@ def _started(said: RunConfig, run: str, layout: Layout, plan: Plan, code: str, e
         "experiment": said.track.experiment or said.name,
         "register_as": said.track.register_as or said.name,
         "epoch": epoch,
+        "cluster": cluster,
     }
 
 

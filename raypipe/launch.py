@@ -23,6 +23,7 @@ from raypipe.run import new_run_id
 from raypipe.tracking.console import Screen
 
 LOOK_S = 0.3  # between two looks at how it goes
+HEAD_S = 60.0  # for a head that has just begun to know itself
 GIVE_UP_S = 90.0  # after a second Ctrl-C, or when the coordinator does not answer
 
 
@@ -139,11 +140,71 @@ def watch(actor: Any, see: Callable[[dict[str, Any]], None], check: Callable[[],
     return summary
 
 
+def take_up(address: str, say: Callable[[str], None]) -> None:
+    """Every run of this head that died, until each is over. Raises RunError when the cluster ends before they do.
+
+    For the head's supervisor: a run that cannot go on is told and left; SIGTERM ends this process and with it the
+    coordinators, not the runs.
+    """
+    from raypipe.comeback import unfinished
+    from raypipe.placement import actor as cluster
+
+    died = unfinished()
+    if not died:
+        return
+    cluster.connect(address)
+    try:
+        cluster.wait_for_head(HEAD_S)
+        working = dict(filter(None, (_again(run, config, say) for run, config in died.items())))
+        lost = _see_out(working, say)
+    finally:
+        cluster.shut_down()
+    if lost:
+        raise RunError(f"lost before it was over: {', '.join(lost)}")
+
+
+def _again(run: str, config: RunConfig | RaypipeError, say: Callable[[str], None]) -> tuple[Any, tuple[str, Any]] | None:
+    """Its work, its id and its actor; None where it cannot be taken up or needs not."""
+    if isinstance(config, RaypipeError):
+        say(f"{run}: {config.message}")
+        return None
+    try:
+        actor = begin(config, run, None, _mlflow(), again=True)
+    except ValueError:  # the name of its coordinator is taken
+        say(f"{run}: is going on")
+        return None
+    say(f"{run}: is taken up")
+    return actor.work.remote(), (run, actor)
+
+
+def _mlflow() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
+
+
+def _see_out(working: dict[Any, tuple[str, Any]], say: Callable[[str], None]) -> list[str]:
+    """Wait for the end of each; those whose coordinator was lost."""
+    import ray
+
+    lost: list[str] = []
+    while working:
+        done, _ = ray.wait(list(working))
+        run, _ = working.pop(done[0])
+        try:
+            summary = ray.get(done[0])
+            say(f"{run}: {summary['versions']} versions, ended: {summary['reason']}")
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            say(f"{run}: {cause.message if isinstance(cause, RaypipeError) else type(cause).__name__}")
+        except ray.exceptions.RayError as error:
+            say(f"{run}: its coordinator was lost ({type(error).__name__})")
+            lost.append(run)
+    return lost
+
+
 def _watch(config: RunConfig, run: str, home: str | None, screen: Screen, *, again: bool) -> dict[str, Any]:
     import ray
 
-    mlflow = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
-    actor = begin(config, run, home, mlflow, again=again)
+    actor = begin(config, run, home, _mlflow(), again=again)
     stop = _StopKey(lambda: actor.stop.remote("stopped by hand"))
     try:
         with stop:

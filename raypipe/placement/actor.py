@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,6 +58,15 @@ def connect(address: str) -> None:
     except (OSError, RuntimeError, ValueError, ConnectionError) as error:
         hint = "is it running, and are RAY_AUTH_MODE and its token set as on the head?"
         raise RunError(f"no Ray cluster at {address}: {_line(error)} ({hint})") from None
+
+
+def wait_for_head(seconds: float) -> None:
+    """Until the cluster knows its head, to which coordinators are pinned. Raises RunError."""
+    until = time.monotonic() + seconds
+    while not ray.cluster_resources().get("node:__internal_head__"):
+        if time.monotonic() > until:
+            raise RunError(f"the cluster has no head node after {seconds:.0f} s")
+        time.sleep(0.2)
 
 
 def shut_down() -> None:

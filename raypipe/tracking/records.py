@@ -57,6 +57,7 @@ class RunStarted(TypedDict):
     experiment: str
     register_as: str
     epoch: int
+    cluster: NotRequired[bool]  # its coordinator is on a cluster's head, not on Ray started for this run alone
 
 
 class StoreJoined(TypedDict):

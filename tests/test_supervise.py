@@ -1,0 +1,209 @@
+"""The supervisors of nodes with a program of ours in Ray's place: what they say, refuse, start again and end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+
+from raypipe.placement.plan import store_options
+
+FAKE = """#!/bin/bash
+echo "$(date +%s.%N) $*" >> "$LOG"
+{body}
+"""
+
+
+@pytest.fixture
+def head() -> Iterator[str]:
+    """Something that listens where a head would."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+class Place:
+    """A store's folder and a folder of programs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder / "log"
+        (folder / "bin").mkdir()
+        (folder / "stores" / "a").mkdir(parents=True)
+        (folder / "stores" / "a" / "policy.yaml").write_text("store: a\n")
+
+    def program(self, name: str, body: str) -> None:
+        file = self.folder / "bin" / name
+        file.write_text(FAKE.format(body=body))
+        file.chmod(0o755)
+
+    def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
+        env = {"PATH": f"{self.folder / 'bin'}:/usr/bin:/bin", "LOG": str(self.log), "HOME": str(self.folder)}
+        env |= {"RAYPIPE_STORES": str(self.folder / "stores"), "RAYPIPE_HOME": str(self.folder / "home")}
+        command = [str(ROOT / "cluster" / script), *arguments]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def started(self) -> list[tuple[float, str]]:
+        """When, and with what, programs were started."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [(float(at), words) for at, words in (line.split(" ", 1) for line in lines)]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def wait_for(happened: Callable[[], object], seconds: float = 10.0) -> None:
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def ended(process: subprocess.Popen[str], how: int = signal.SIGTERM) -> tuple[int, str, str]:
+    process.send_signal(how)
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        ("store-node", [], "store '': a store's id has letters, digits, '.', '_' and '-', at most 63"),
+        ("store-node", ["a b", "--address", "h:1"], "store 'a b': a store's id has letters"),
+        ("store-node", ["a", "b"], "one store a node, not a and b"),
+        ("store-node", ["a"], "--address '': write HOST:PORT, e.g. 10.0.0.1:6379"),
+        ("store-node", ["a", "--address"], "--address '': write HOST:PORT"),
+        ("store-node", ["a", "--address", "h:70000"], "--address h:70000: a port is 1 to 65535"),
+        ("store-node", ["a", "--address", "h;ls:1"], "--address 'h;ls:1': write HOST:PORT"),
+        ("store-node", ["a", "--address", "h:1", "--labels", "north"], "--labels north: write KEY=VALUE,KEY=VALUE"),
+        ("store-node", ["b", "--address", "h:1"], "store b: no policy file"),
+        ("store-node", ["a", "--adress", "h:1"], "no option --adress: store-node STORE --address HEAD:PORT"),
+        ("store-node", ["a", "--address", "h:1"], "no program ray in PATH"),
+        ("head-node", [], "--address '': write HOST:PORT"),
+        ("head-node", ["a"], "no option a: head-node --address HOST:PORT"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(place: Place, script: str, arguments: list[str], said: str) -> None:
+    out, err = (done := place.start(script, *arguments)).communicate(timeout=10)
+    assert (done.returncode, out) == (2, "")
+    assert err.startswith(f"{script}: {said}")
+    assert err.count("\n") == 1
+    assert place.started() == []
+
+
+def test_an_option_that_ray_refuses_is_not_tried_again(place: Place, head: str) -> None:
+    place.program("ray", "exit 2")
+    out, err = (done := place.start("store-node", "a", "--address", head, "--", "--wrong")).communicate(timeout=20)
+    assert done.returncode == 2
+    assert "ray start refused an option" in err
+    assert len(place.started()) == 1
+
+
+def test_a_node_offers_what_its_store_is_pinned_to_and_is_started_again_with_growing_pauses(
+    place: Place, head: str
+) -> None:
+    place.program("ray", "exit 1")
+    running = place.start("store-node", "a", "--address", head, "--labels", "city=rome", "--", "--num-gpus=1")
+    wait_for(lambda: len(place.started()) == 3)
+    code, out, err = ended(running)
+    assert (code, err) == (0, "")
+    times, words = zip(*place.started(), strict=True)
+    (wanted,) = store_options("a", 1, 0)["resources"]
+    said = f'start --address={head} --block --disable-usage-stats --resources={{"{wanted}": 1}}'
+    assert set(words) == {f"{said} --labels=store=a,city=rome --num-gpus=1"}
+    assert times[1] - times[0] >= 1
+    assert times[2] - times[1] >= 2
+    assert "again in 1 s" in out
+    assert "again in 2 s" in out
+
+
+def test_it_waits_for_a_head_that_is_not_there_yet(place: Place) -> None:
+    place.program("ray", "exec sleep 60")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        running = place.start("store-node", "a", "--address", address)
+        time.sleep(1.5)
+        assert place.started() == []
+        free.listen()
+        wait_for(place.started)
+    out = ended(running)[1]
+    assert out.splitlines() == [f"store-node: waits for {address}", f"store-node: joins {address} with store:a",
+                                "store-node: stopped"]  # fmt: skip
+
+
+def test_sigterm_ends_all_that_was_started_and_nothing_else(place: Place, head: str) -> None:
+    """A child that hears no SIGTERM, and a grandchild; beside them a stranger with the same name."""
+    place.program("ray", "trap '' TERM; sleep 61 & sleep 62; sleep 62")
+    stranger = subprocess.Popen(["sleep", "61"])
+    running = place.start("store-node", "a", "--address", head)
+    wait_for(lambda: len(psutil.Process(running.pid).children(recursive=True)) >= 3)
+    own = [p for p in psutil.Process(running.pid).children(recursive=True) if p.name() == "sleep" and "6" in p.cmdline()[1]]
+    code, out, _ = ended(running)
+    assert code == 0
+    assert out.endswith("store-node: stopped\n")
+    assert [p for p in own if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+    assert stranger.poll() is None
+    stranger.kill()
+    stranger.wait()
+
+
+def test_a_supervisor_that_is_killed_takes_its_node_with_it_and_another_may_begin(place: Place, head: str) -> None:
+    place.program("ray", "exec sleep 60")
+    first = place.start("store-node", "a", "--address", head)
+    wait_for(place.started)
+    (node,) = [p for p in psutil.Process(first.pid).children(recursive=True) if p.cmdline()[1:] == ["60"]]
+    out, err = (second := place.start("store-node", "a", "--address", head)).communicate(timeout=10)
+    assert second.returncode == 2
+    assert err == f"store-node: another one is at work: it holds {place.folder}/stores/a/node.lock\n"
+    ended(first, signal.SIGKILL)
+    wait_for(lambda: not node.is_running() or node.status() == psutil.STATUS_ZOMBIE)
+    third = place.start("store-node", "a", "--address", head)
+    wait_for(lambda: len(place.started()) == 2)
+    assert ended(third)[0] == 0
+
+
+def test_a_ray_start_whose_raylet_is_gone_is_begun_anew(place: Place, head: str) -> None:
+    """`ray start --block` lives on when its raylet ends with exit code 0, e.g. drained."""
+    shutil.copy("/bin/sleep", place.folder / "bin" / "raylet")
+    place.program("ray", "raylet 3 & sleep 60")
+    running = place.start("store-node", "a", "--address", head)
+    wait_for(lambda: len(place.started()) == 2, 15)
+    assert ended(running)[0] == 0
+
+
+def test_the_head_is_started_and_what_died_is_taken_up_until_that_succeeds(place: Place) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    listen = f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); time.sleep(60)"
+    place.program("ray", f'exec python3 -c "{listen}"')
+    place.program("raypipe", '[[ $(grep -c resume "$LOG") -ge 2 ]]')
+    running = place.start("head-node", "--address", f"127.0.0.1:{port}", "--", "--num-cpus=0")
+    wait_for(lambda: len(place.started()) == 3, 15)
+    time.sleep(2.5)
+    assert ended(running)[0] == 0
+    words = [words for _, words in place.started()]
+    start = f"start --head --block --disable-usage-stats --node-ip-address=127.0.0.1 --port={port} --num-cpus=0"
+    assert words == [start, *[f"resume --address 127.0.0.1:{port}"] * 2]
+
+
+@pytest.mark.parametrize("unit", ["raypipe-store@.service", "raypipe-head.service"])
+def test_the_systemd_units_are_as_systemd_wants_them(unit: str, tmp_path: Path) -> None:
+    verify = shutil.which("systemd-analyze")
+    if verify is None:
+        pytest.skip("no systemd-analyze here")
+    file = tmp_path / unit.replace("@.", "@shop.")
+    file.write_text((ROOT / "cluster" / unit).read_text().replace("/opt/raypipe", str(ROOT)))
+    env = {**os.environ, "SYSTEMD_LOG_LEVEL": "warning"}
+    done = subprocess.run([verify, "verify", str(file)], env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
