@@ -13,14 +13,13 @@ from raypipe.tracking.journal import FILE, Journal
 
 
 def unfinished(home: Path | None = None) -> dict[str, RunConfig | RaypipeError]:
-    """Run -> its configuration, or why it cannot be read; oldest first.
+    """Run -> its configuration, or why it cannot be read; by name.
 
     Only those whose newest coordinator was on a cluster: a run on Ray of its own, on one machine, may be at work, and
     its stores are not the cluster's.
     """
-    journals = sorted(((home or raypipe_home()) / "runs").glob(f"*/{FILE}"), key=lambda file: file.stat().st_ctime)
     found: dict[str, RunConfig | RaypipeError] = {}
-    for file in journals:
+    for file in sorted(((home or raypipe_home()) / "runs").glob(f"*/{FILE}")):
         run = file.parent.name
         try:
             config = _open(file)
@@ -45,4 +44,4 @@ def _open(file: Path) -> RunConfig | None:
     try:
         return RunConfig.model_validate(started["config"])
     except ValidationError as error:
-        raise ConfigError(f"its configuration is not one of this raypipe: {error.error_count()} mistakes") from None
+        raise ConfigError(f"its configuration is not one of this raypipe: {error.error_count()} mistake(s)") from None

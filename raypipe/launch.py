@@ -163,7 +163,9 @@ def take_up(address: str, say: Callable[[str], None]) -> None:
         raise RunError(f"lost before it was over: {', '.join(lost)}")
 
 
-def _again(run: str, config: RunConfig | RaypipeError, say: Callable[[str], None]) -> tuple[Any, tuple[str, Any]] | None:
+def _again(
+    run: str, config: RunConfig | RaypipeError, say: Callable[[str], None]
+) -> tuple[Any, tuple[str, Any]] | None:
     """Its work, its id and its actor; None where it cannot be taken up or needs not."""
     if isinstance(config, RaypipeError):
         say(f"{run}: {config.message}")

@@ -147,7 +147,9 @@ def test_sigterm_ends_all_that_was_started_and_nothing_else(place: Place, head: 
     stranger = subprocess.Popen(["sleep", "61"])
     running = place.start("store-node", "a", "--address", head)
     wait_for(lambda: len(psutil.Process(running.pid).children(recursive=True)) >= 3)
-    own = [p for p in psutil.Process(running.pid).children(recursive=True) if p.name() == "sleep" and "6" in p.cmdline()[1]]
+    own = [
+        p for p in psutil.Process(running.pid).children(recursive=True) if p.name() == "sleep" and "6" in p.cmdline()[1]
+    ]
     code, out, _ = ended(running)
     assert code == 0
     assert out.endswith("store-node: stopped\n")
@@ -205,5 +207,7 @@ def test_the_systemd_units_are_as_systemd_wants_them(unit: str, tmp_path: Path) 
     file = tmp_path / unit.replace("@.", "@shop.")
     file.write_text((ROOT / "cluster" / unit).read_text().replace("/opt/raypipe", str(ROOT)))
     env = {**os.environ, "SYSTEMD_LOG_LEVEL": "warning"}
-    done = subprocess.run([verify, "verify", str(file)], env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [verify, "verify", str(file)], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
