@@ -102,7 +102,7 @@ def test_what_cannot_be_done_is_said_in_one_line(place: Place, script: str, argu
 
 def test_an_option_that_ray_refuses_is_not_tried_again(place: Place, head: str) -> None:
     place.program("ray", "exit 2")
-    out, err = (done := place.start("store-node", "a", "--address", head, "--", "--wrong")).communicate(timeout=20)
+    _, err = (done := place.start("store-node", "a", "--address", head, "--", "--wrong")).communicate(timeout=20)
     assert done.returncode == 2
     assert "ray start refused an option" in err
     assert len(place.started()) == 1
@@ -164,7 +164,7 @@ def test_a_supervisor_that_is_killed_takes_its_node_with_it_and_another_may_begi
     first = place.start("store-node", "a", "--address", head)
     wait_for(place.started)
     (node,) = [p for p in psutil.Process(first.pid).children(recursive=True) if p.cmdline()[1:] == ["60"]]
-    out, err = (second := place.start("store-node", "a", "--address", head)).communicate(timeout=10)
+    _, err = (second := place.start("store-node", "a", "--address", head)).communicate(timeout=10)
     assert second.returncode == 2
     assert err == f"store-node: another one is at work: it holds {place.folder}/stores/a/node.lock\n"
     ended(first, signal.SIGKILL)
