@@ -55,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--address", help="a running Ray cluster, e.g. 10.0.0.1:6379; default: RAY_ADDRESS, else here")
     resume = verb("resume", _resume, "take up every run of this cluster's head that died; see cluster/head-node")
     resume.add_argument("--address", help="the Ray cluster; default: RAY_ADDRESS, else the one on this machine")
+
+    train.add_argument("--insecure", action="store_true", help="on a cluster that lets strangers run code, too")
     check = verb("check", _check, "say what would run where and what it would move; start nothing")
     configured(check)
     data = verb("data", _data, "make private store data sets from a sample")
@@ -75,6 +77,13 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
     track = verb("track", _track, "bring MLflow up to date with a run's record")
     track.add_argument("which", metavar="RUN")
+    from raypipe.doctor import commands as doctored
+    from raypipe.placement import commands as placed
+    from raypipe.security import commands as secured
+
+    placed.add_parsers(verbs)
+    doctored.add_parsers(verbs)
+    secured.add_parsers(verbs)
     for name, help in (
         ("join", "take a store into a run that is going on"),
         ("leave", "let a store go; what it has contributed stays"),
@@ -106,7 +115,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     title = f"{config.name}: {len(config.stores)} stores, {config.model['name']}, {config.pace}"
     with Screen(console, title, config.stop.max_seconds, config.stop.max_versions) as screen:
         screen.say(title)
-        summary = federate(config, options.address, screen, run)
+        summary = federate(config, options.address, screen, run, insecure=options.insecure)
     show_summary(console, summary, f"raypipe promote {summary['run']} {summary['best_version']} --as champion")
     return 1 if summary["status"] == "failed" else 0
 

@@ -27,14 +27,17 @@ HEAD_S = 60.0  # for a head that has just begun to know itself
 GIVE_UP_S = 90.0  # after a second Ctrl-C, or when the coordinator does not answer
 
 
-def federate(config: RunConfig, address: str | None, screen: Screen, resume: str | None = None) -> dict[str, Any]:
+def federate(
+    config: RunConfig, address: str | None, screen: Screen, resume: str | None = None, *, insecure: bool = False
+) -> dict[str, Any]:
     """A whole run; its summary. Ctrl-C (or `ray job stop`) ends it cleanly: what was published is kept.
 
     Raises RaypipeError. `address`: a Ray address; None: RAY_ADDRESS if set, else this machine alone. `resume`: the id
-    of a run to be taken up.
+    of a run to be taken up. `insecure`: a cluster that lets strangers in will do.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     from raypipe.placement import actor as cluster
+    from raypipe.security.actor import refuse_open
 
     run = resume or new_run_id(config.name, time.time())
     if address:
@@ -44,6 +47,8 @@ def federate(config: RunConfig, address: str | None, screen: Screen, resume: str
         home = str(raypipe_home())
         _start_here(config)
     try:
+        if address and not insecure:
+            refuse_open(cluster.address())
         return _watch(config, run, home, screen, again=resume is not None)
     finally:
         cluster.shut_down()

@@ -10,7 +10,7 @@ from pathlib import Path
 from conftest import ROOT
 
 PACKAGE = ROOT / "raypipe"
-RAY_HERE = {"actor.py", "launch.py"}
+RAY_HERE = {"actor.py", "launch.py", "provider.py"}
 ROOMS = [p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file()]
 
 

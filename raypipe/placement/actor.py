@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 # Ray's hook would start each worker through uv again, three times slower; the workers' Python has all they need.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -16,10 +20,14 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 
-from raypipe.errors import RunError
+from raypipe.errors import ConfigError, RunError
 from raypipe.placement.plan import local_resources
+from raypipe.security.actor import refuse_misfit
+from raypipe.security.own import check_own
 
 NAMESPACE = "raypipe"
+KNOCK_S = 5.0
+STOP_S = 10.0  # for a coordinator to end by itself
 LOOPBACK = "127.0.0.2"  # 127.0.0.1 is rewritten by Ray to the machine's own address, which others could reach
 
 
@@ -52,7 +60,9 @@ def start_local(stores: Sequence[str], cpus: float, model_bytes: int) -> None:
 
 
 def connect(address: str) -> None:
-    """Join a running cluster. Raises RunError in one line."""
+    """Join a running cluster. Raises RunError in one line, ConfigError for what this process would show at its door."""
+    check_own(os.environ, datetime.datetime.now(datetime.UTC))
+    _knock(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE)
     except (OSError, RuntimeError, ValueError, ConnectionError) as error:
@@ -69,9 +79,59 @@ def wait_for_head(seconds: float) -> None:
         time.sleep(0.2)
 
 
+def _knock(address: str) -> None:
+    """Ray would try for two minutes. What is no HOST:PORT (`auto`, `ray://...`) Ray looks up itself."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
+    except (OSError, OverflowError) as error:
+        reason = "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or error
+        raise RunError(f"no Ray cluster at {address}: {reason}") from None
+    refuse_misfit(address)
+
+
+def address() -> str:
+    """HOST:PORT of the cluster that this process is in."""
+    found: str = ray.get_runtime_context().gcs_address
+    return found
+
+
 def shut_down() -> None:
     """Leave the cluster; a local one ends."""
     ray.shutdown()
+
+
+def end_left(run: str | None) -> list[str]:
+    """End a run's actors; None: the store actors of all runs that have no coordinator. Their names.
+
+    Actors are found by name, so whichever job or code made them. A coordinator is asked to stop before it is ended.
+    """
+    names = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if one["namespace"] == NAMESPACE]
+    alive = {name.split("/")[1] for name in names if name.startswith("coordinator/")}
+    if run is None:
+        ended = [name for name in names if name.startswith("store/") and name.split("/")[1] not in alive]
+    else:
+        ended = [name for name in names if name.split("/")[1:2] == [run]]
+        if not ended:
+            raise ConfigError(f"no actor of a run named {run!r} is on this cluster")
+    for name in sorted(ended):  # the coordinator first
+        with suppress(ValueError, ray.exceptions.RayError, TimeoutError):
+            actor: Any = ray.get_actor(name, namespace=NAMESPACE)
+            if name.startswith("coordinator/"):
+                ray.get(actor.stop.remote("taken down"), timeout=STOP_S)
+                _await_end(actor)
+            ray.kill(actor)
+    return sorted(ended)
+
+
+def _await_end(coordinator: Any) -> None:
+    """It ends by itself once what was published is kept."""
+    until = time.monotonic() + STOP_S
+    while time.monotonic() < until:
+        if ray.get(coordinator.progress.remote(0, 0.1), timeout=STOP_S)["phase"] == "over":
+            return
 
 
 def _line(error: Exception) -> str:

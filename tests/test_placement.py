@@ -1,0 +1,366 @@
+"""A list of stores, the files made of it, the keys of its nodes: all without Ray running."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import ssl
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from raypipe.cli import main
+from raypipe.doctor.findings import Seen, findings
+from raypipe.doctor.probe import Data, Facts
+from raypipe.errors import ConfigError
+from raypipe.placement.inventory import Machine, open_at, read_machines
+from raypipe.placement.provider import STOP, Book, StoreProvider
+from raypipe.placement.render import aws_config, kuberay_objects, node_types, render, stores_config
+from raypipe.placement.settings import Settings
+from raypipe.placement.ssh import Login, explain
+from raypipe.security.certs import check_cert, load_cert, make_node, open_authority, standing, still_good, token_of
+from raypipe.security.commands import _pack
+from raypipe.security.own import check_own
+
+NOW = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)
+HEADER = "id,host,gpus,region,hours"
+GOOD = "harbour,10.1.0.7,1,north,22:00-06:00 Europe/Berlin"
+SETTINGS = Settings(head="10.1.0.1")
+
+
+def written(tmp_path: Path, *rows: str, header: str = HEADER) -> Path:
+    path = tmp_path / "stores.csv"
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def test_a_row_is_a_machine(tmp_path: Path) -> None:
+    assert read_machines(written(tmp_path, GOOD, "", "mill,mill.example,,,")) == [
+        Machine("harbour", "10.1.0.7", 1, "north", "22:00-06:00 Europe/Berlin"),
+        Machine("mill", "mill.example"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "said"),
+    [
+        ([GOOD], "id,host,gpu,region,hours", "no column 'gpu' is known. Did you mean 'gpus'?"),
+        ([GOOD], "id,host,gpus,region", "column hours is missing; the first row is: id,host,gpus,region,hours"),
+        ([GOOD], "id,id,host,gpus,region,hours", "column id is there twice"),
+        ([], HEADER, "no store in it; its first row names the columns"),
+        (["a,10.0.0.1,0,x"], HEADER, "line 2: 4 fields where the first row has 5"),
+        (["north mill,10.0.0.1,0,,"], HEADER, "line 2: id 'north mill': letters, digits,"),
+        (["Head,10.0.0.1,0,,"], HEADER, "line 2: id 'Head' is the head's name"),
+        (["a,-oProxyCommand=x,0,,"], HEADER, "line 2: host '-oProxyCommand=x' is neither"),
+        (["a,root@10.0.0.1,0,,"], HEADER, "line 2: host 'root@10.0.0.1' is neither"),
+        (["a,10.0.0.1,one,,"], HEADER, "line 2: gpus 'one': a whole number from 0 to 1024"),
+        (["a,10.0.0.1,0,far away,"], HEADER, "line 2: region 'far away'"),
+        (["a,10.0.0.1,0,,9-17"], HEADER, "line 2: hours '9-17': HH:MM-HH:MM"),
+        (["a,10.0.0.1,0,,09:00-17:00 Mars/Base"], HEADER, "line 2: hours '09:00-17:00 Mars/Base': no time zone"),
+        (["a,10.0.0.1,0,,09:00-09:00"], HEADER, "line 2: hours '09:00-09:00' is no time at all"),
+        ([GOOD, "harbour,10.0.0.2,0,,"], HEADER, "line 3: store harbour is there already, in line 2"),
+        ([GOOD, "mill,10.1.0.7,0,,"], HEADER, "line 3: store mill is on host 10.1.0.7, which is harbour's already"),
+        (["mill,10.1.0.1,0,,"], HEADER, "line 2: store mill is on host 10.1.0.1, which is the head's already"),
+    ],
+)
+def test_each_mistake_in_a_list_has_a_line_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list[str], header: str, said: str
+) -> None:
+    path = written(tmp_path, *rows, header=header)
+    assert main(["cluster", "render", str(path), "--out", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"raypipe: {path}: {said}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_mistakes_are_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_machines(written(tmp_path, "a b,10.0.0.1,0,,", "c,10.0.0.2,-1,,"))
+    assert len(caught.value.problems) == 2
+
+
+def test_a_machine_is_open_in_its_own_time_zone() -> None:
+    night = "22:00-06:00 Europe/Berlin"
+    at = datetime.datetime(2026, 7, 1, 20, 30, tzinfo=datetime.UTC)  # 22:30 there, in summer
+    assert open_at(night, at.timestamp())
+    assert not open_at(night, (at - datetime.timedelta(hours=1)).timestamp())
+    assert not open_at("22:00-06:00", at.timestamp())
+    assert open_at("", at.timestamp())
+
+
+def test_a_store_has_a_node_type_that_no_other_store_can_take() -> None:
+    types = node_types([Machine("harbour", "a", 2, "north", "22:00-06:00"), Machine("mill", "b")])
+    assert types["harbour"] == {
+        "min_workers": 0,
+        "max_workers": 1,
+        "resources": {"CPU": 2, "GPU": 2, "store:harbour": 1},
+        "labels": {"store": "harbour", "region": "north", "hours": "2200-0600"},
+    }
+    assert "store:harbour" not in types["mill"]["resources"]
+
+
+def test_five_hundred_stores_are_planned_within_a_second() -> None:
+    machines = [Machine(f"shop-{i}", f"10.0.{i // 250}.{i % 250}", i % 3, "north") for i in range(500)]
+    begin = time.process_time()
+    assert len(node_types(machines)) == 500
+    assert len(stores_config(machines, SETTINGS)["available_node_types"]) == 501
+    assert time.process_time() - begin < 1
+    assert len(str(kuberay_objects(machines, SETTINGS)[0])) < 1_500_000  # what Kubernetes takes as one object
+
+
+def test_the_files_in_cluster_are_what_their_list_renders_to() -> None:
+    made = render(read_machines(ROOT / "cluster" / "stores.csv"), Settings())
+    assert [name for name, text in made.items() if (ROOT / "cluster" / name).read_text() != text] == []
+
+
+@pytest.mark.parametrize("name", ["stores.yaml", "aws.yaml"])
+def test_ray_takes_the_files_for_ray_up(name: str) -> None:
+    from ray.autoscaler._private.util import fillout_defaults, validate_config
+
+    config = yaml.safe_load((ROOT / "cluster" / name).read_text())
+    validate_config(fillout_defaults(config) if name == "aws.yaml" else config)
+    for command in config["head_start_ray_commands"] + config["worker_start_ray_commands"]:
+        assert "RAY_AUTH_MODE=token" in command
+        assert "RAY_USE_TLS=1" in command
+        assert "0.0.0.0" not in command
+
+
+def test_stores_that_are_one_name_in_kubernetes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="are one in Kubernetes: a-b"):
+        kuberay_objects([Machine("a.b", "x"), Machine("a-b", "y")], SETTINGS)
+
+
+def test_a_store_with_more_gpus_than_a_cloud_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match="store big: no AWS machine has 16 GPUs; at most 8"):
+        aws_config([Machine("big", "x", 16)], SETTINGS)
+
+
+def test_a_certificate_names_its_node_and_is_taken_by_openssl(tmp_path: Path) -> None:
+    authority = open_authority(tmp_path, NOW)
+    make_node(authority, tmp_path / "n", "harbour", ["10.1.0.7"], NOW)
+    found = standing(tmp_path / "n", NOW)
+    assert found.name == "harbour"
+    assert {"10.1.0.7", "127.0.0.1"} <= set(found.addresses)
+    checked = subprocess.run(
+        f"openssl verify -attime {NOW.timestamp():.0f} -CAfile ca.crt -verify_ip 10.1.0.7 n/node.crt".split(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert checked.stdout == "n/node.crt: OK\n", checked.stderr
+    ssl.create_default_context().load_cert_chain(tmp_path / "n" / "node.crt", tmp_path / "n" / "node.key")
+
+
+def test_only_their_owner_reads_keys_and_tokens(tmp_path: Path) -> None:
+    make_node(open_authority(tmp_path / "ca", NOW), tmp_path / "n", "a", [], NOW)
+    token_of(tmp_path / "ca")
+    secret = [tmp_path / "ca" / "ca.key", tmp_path / "ca" / "token", tmp_path / "n" / "node.key"]
+    assert [oct(path.stat().st_mode & 0o777) for path in secret] == ["0o600"] * 3
+    assert (tmp_path / "ca").stat().st_mode & 0o777 == 0o700
+
+
+def test_what_is_good_is_kept_and_the_rest_renewed(tmp_path: Path) -> None:
+    authority = open_authority(tmp_path, NOW)
+    make_node(authority, tmp_path / "n", "a", ["10.0.0.1"], NOW)
+    later = NOW + datetime.timedelta(days=340)
+    assert still_good(tmp_path / "n", ["10.0.0.1"], authority, NOW)
+    assert not still_good(tmp_path / "n", ["10.0.0.2"], authority, NOW)
+    assert not still_good(tmp_path / "n", ["10.0.0.1"], authority, later)
+    assert not still_good(tmp_path / "n", ["10.0.0.1"], open_authority(tmp_path / "other", NOW), NOW)
+    (tmp_path / "n" / "node.key").chmod(0o644)
+    assert not still_good(tmp_path / "n", ["10.0.0.1"], authority, NOW)
+
+
+def test_the_command_renews_only_what_has_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stores = written(tmp_path, "a,10.0.0.1,0,,", "b,10.0.0.2,0,,")
+    make = ["certs", "make", str(stores), "--head", "10.0.0.9", "--folder", str(tmp_path / "ca")]
+    assert main(make) == 0
+    kept = (tmp_path / "ca" / "nodes" / "a" / "node.crt").read_bytes()
+    written(tmp_path, "a,10.0.0.1,0,,", "b,10.0.0.3,0,,")
+    assert main(make) == 0
+    assert "1 certificates made, 2 kept" in capsys.readouterr().out
+    assert (tmp_path / "ca" / "nodes" / "a" / "node.crt").read_bytes() == kept
+    token = (tmp_path / "ca" / "token").read_bytes()
+    assert main([*make, "--new-token"]) == 0
+    assert (tmp_path / "ca" / "nodes" / "a" / "token").read_bytes() != token
+    assert main(["certs", "show", "--folder", str(tmp_path / "ca")]) == 0
+
+
+def test_a_node_gets_its_own_files_and_no_other(tmp_path: Path) -> None:
+    make_node(open_authority(tmp_path / "ca", NOW), tmp_path / "n", "a", [], NOW)
+    (tmp_path / "n" / "token").write_bytes(token_of(tmp_path / "ca"))
+    with tarfile.open(fileobj=io.BytesIO(_pack(tmp_path / "n"))) as archive:
+        modes = {entry.name: entry.mode for entry in archive}
+    assert modes == {"node.key": 0o600, "node.crt": 0o644, "ca.crt": 0o644, "token": 0o600}
+
+
+def test_an_ended_certificate_is_said_with_what_to_do(tmp_path: Path) -> None:
+    make_node(open_authority(tmp_path, NOW), tmp_path / "n", "a", [], NOW)
+    check_cert(tmp_path / "n" / "node.crt", NOW)
+    with pytest.raises(ConfigError, match="ended on 2027-11-01: raypipe certs make"):
+        check_cert(tmp_path / "n" / "node.crt", NOW + datetime.timedelta(days=366))
+    with pytest.raises(ConfigError, match="the clock"):
+        check_cert(tmp_path / "n" / "node.crt", NOW - datetime.timedelta(days=2))
+
+
+def test_a_token_that_others_can_read_stops_a_run_before_it_knocks(tmp_path: Path) -> None:
+    make_node(open_authority(tmp_path, NOW), tmp_path / "n", "a", [], NOW)
+    token_of(tmp_path)
+    shown = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "RAY_USE_TLS": "1"}
+    files = {"RAY_TLS_SERVER_CERT": "n/node.crt", "RAY_TLS_SERVER_KEY": "n/node.key", "RAY_TLS_CA_CERT": "ca.crt"}
+    shown |= {name: str(tmp_path / file) for name, file in files.items()}
+    check_own(shown, NOW)
+    (tmp_path / "token").chmod(0o640)
+    with pytest.raises(ConfigError) as caught:
+        check_own({**shown, "RAY_TLS_CA_CERT": ""}, NOW + datetime.timedelta(days=400))
+    assert [line.split(" ")[0] for line in caught.value.problems] == ["token", "certificate", "RAY_USE_TLS"]
+    check_own({}, NOW)
+
+
+def test_a_ca_whose_key_was_replaced_is_refused(tmp_path: Path) -> None:
+    open_authority(tmp_path, NOW)
+    other = open_authority(tmp_path / "other", NOW)
+    (tmp_path / "ca.crt").write_bytes(other.cert.public_bytes(Encoding.PEM))
+    with pytest.raises(ConfigError, match=r"ca.crt is not of .*ca.key"):
+        open_authority(tmp_path, NOW)
+    assert load_cert(tmp_path / "ca.crt") == other.cert
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("root@h: Permission denied (publickey).", "h: it refused the key k: is its public half in"),
+        ("ssh: Could not resolve hostname h: Name or service not known", "h: no machine has that name"),
+        ("ssh: connect to host h port 22: Connection refused", "h: nothing answers on its ssh port"),
+        ("Host key verification failed.", "h: its host key is another than before"),
+        ("ssh: connect to host h port 22: Connection timed out", "h: no answer in 10 s"),
+        ("something new", "h: ssh failed: something new"),
+    ],
+)
+def test_a_failed_ssh_is_one_line(tmp_path: Path, said: str, line: str) -> None:
+    login = Login("root", "k", tmp_path / "known")
+    assert explain(login, "h", "true", 255, said, 10.0).startswith(line)
+
+
+def test_a_book_is_read_by_others_as_it_is_written(tmp_path: Path) -> None:
+    mine, theirs = Book(tmp_path / "b.json"), Book(tmp_path / "b.json")
+    mine.put(node="a-1", host="h", tags={"x": "1"})
+    assert theirs.read() == {"a-1": {"host": "h", "tags": {"x": "1"}}}
+    theirs.tag("a-1", {"y": "2"})
+    theirs.tag("gone", {"y": "2"})
+    assert mine.read()["a-1"]["tags"] == {"x": "1", "y": "2"}
+    mine.remove("a-1")
+    assert theirs.read() == {}
+
+
+def test_a_closed_store_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.autoscaler.node_launch_exception import NodeLaunchException
+
+    monkeypatch.setenv("RAYPIPE_HOME", str(tmp_path))
+    provider = StoreProvider({"ssh_user": "x", "head_host": "h"}, "c")
+    worker = {"ray-node-type": "worker", "ray-user-node-type": "a"}
+    hour = datetime.datetime.now(datetime.UTC)
+    shut = f"{(hour.hour + 2) % 24:02}:00-{(hour.hour + 3) % 24:02}:00"
+    with pytest.raises(NodeLaunchException, match="a: trains only"):
+        provider.create_node({"store": "a", "host": "h", "hours": shut}, worker, 1)
+    assert provider.non_terminated_nodes({}) == []
+    provider.create_node({"store": "a", "host": "h"}, worker, 1)
+    provider.create_node({"store": "b", "host": "g"}, {**worker, "ray-user-node-type": "b"}, 1)
+    (first,) = provider.non_terminated_nodes({"ray-user-node-type": "a"})
+    assert provider.internal_ip(first) == "h"
+    assert provider.is_running(first)
+
+
+def test_stopping_a_node_ends_its_processes_and_their_children_and_no_others(tmp_path: Path) -> None:
+    def start(node: str) -> subprocess.Popen[bytes]:
+        script = "env -i sleep 60 & exec sleep 60"  # the child has put its environment away
+        return subprocess.Popen(["sh", "-c", script], env={"RAY_CLOUD_INSTANCE_ID": node, "PATH": "/usr/bin:/bin"})
+
+    mine, other = start("a.1"), start("aX1")
+    try:
+        time.sleep(0.3)
+        children = psutil.Process(mine.pid).children()
+        done = subprocess.Popen(["sh", "-c", STOP.format(node="a.1")])
+        mine.wait(10)
+        assert done.wait(20) == 0
+        assert children
+        assert not any(child.is_running() for child in children)
+        assert other.poll() is None
+    finally:
+        for child in psutil.Process(other.pid).children():
+            child.kill()
+        for process in (mine, other):
+            process.kill()
+            process.wait()
+
+
+FACTS = Facts(
+    host="h",
+    at=0.0,
+    versions={"ray": "2.58.0"},
+    code="abc",
+    gpus=(),
+    free_bytes=50 << 30,
+    shm_bytes=8 << 30,
+    data=(Data("a", "products", {"train": 3}, "beef"),),
+    troubles=(),
+    auth="token",
+    tls=True,
+    cert_days=200.0,
+    ports=((6385, "raylet"),),
+)
+HEAD = Seen("1", "10.0.0.1", True, (), {}, FACTS, http={6385: "metrics"})
+
+
+def lines(*seen: Seen, level: str = "WRONG", loopback: bool = False) -> list[str]:
+    found = findings(seen, ["a"], loopback)
+    return [f"{one.who}: {one.line}" for one in found if one.level == level]
+
+
+def test_a_well_cluster_has_nothing_wrong() -> None:
+    assert lines(HEAD, Seen("2", "10.0.0.2", False, ("a",), {"store:a": 1}, FACTS)) == []
+    assert lines(HEAD, level="note") == [
+        "10.0.0.1: port 6385 (raylet) tells strangers metrics: numbers, no calls",
+        "cluster: store a: no node; one starts when it is wanted, if it may",
+    ]
+
+
+def test_the_doctor_says_each_thing_that_is_wrong() -> None:
+    from dataclasses import replace
+
+    ill = replace(
+        FACTS,
+        versions={"ray": "2.57.0"},
+        code="xyz",
+        free_bytes=1 << 30,
+        shm_bytes=1 << 20,
+        troubles=("store a: policy.yaml of the store cannot be read: No such file or directory",),
+        auth="disabled",
+        tls=False,
+    )
+    node = Seen("2", "b", False, ("a",), {"GPU": 1}, ill, skew_s=-30, ping_ms=80, down_mbs=0.2, up_mbs=9)
+    node = replace(node, unreached=(("10.0.0.1", 6381, "no answer"),), open_ports=(10010,), http={8265: "HTTP 200"})
+    assert lines(HEAD, node) == [
+        "b: store a: policy.yaml of the store cannot be read: No such file or directory",
+        "b: its clock is 30.0 s behind this one: is time kept by NTP there?",
+        "b: 1.0 GiB left on its disk; 2 are needed",
+        "b: 1 MiB left in /dev/shm, where updates pass",
+        "b: it offers 1 GPU and its driver shows 0",
+        "b: cannot reach 10.0.0.1 port 6381 (no answer); Ray needs every node to reach every other",
+        "b: ray 2.57.0 here, 2.58.0 on the head",
+        "b: its raypipe is other code (xyz) than the head's (abc)",
+        "b: token authentication is off: RAY_AUTH_MODE=token",
+        "b: TLS is off: raypipe certs",
+        "b: port 10010 (?) takes calls from strangers",
+        "b: port 8265 (?): HTTP 200 for strangers",
+    ]
+    assert len(lines(HEAD, node, loopback=True)) == 8
+    assert lines(node) == [*lines(HEAD, node)[:6], "cluster: its head did not answer", *lines(HEAD, node)[8:]]
