@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # before anything i
 
 from rich.console import Console
 
-from raypipe.errors import ConfigError, RaypipeError
+from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.ledger import commands as ledger
 
 
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code."""
     options = _parser().parse_args(arguments)
     console = Console()
+    _warn_in_one_line()
     try:
         return int(options.run(options, console) or 0)
     except RaypipeError as error:
@@ -29,6 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("raypipe: stopped", file=sys.stderr)
         return 130
+
+
+def _warn_in_one_line() -> None:
+    """What raypipe warns of goes where its errors go, and looks like them; other libraries' warnings do not."""
+    log = logging.getLogger("raypipe")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("raypipe: %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
 
 
 DEFAULT = Path("configs/quickstart.yaml")
@@ -65,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--source", help="the full data set: its folder, or 'download'; default: bundled sample")
     versions = verb("versions", _versions, "list a run's versions")
     versions.add_argument("which", metavar="RUN", help="a run's id, or 'last'")
+    versions.add_argument("--quick", action="store_true", help="do not check that kept weights are whole")
     promote = verb("promote", _promote, "register a version and give it an alias")
     promote.add_argument("which", metavar="RUN")
     promote.add_argument("version", type=int)
@@ -168,7 +181,10 @@ def _versions(options: argparse.Namespace, console: Console) -> int:
 
     folder = run_folder(options.which)
     console.print(folder.name, highlight=False)
-    console.print(versions_table(list_versions(folder)))
+    rows = list_versions(folder, check=not options.quick)
+    console.print(versions_table(rows))
+    if damaged := [str(row.version) for row in rows if row.kept and not row.whole]:
+        raise RunError(f"the weights of version {', '.join(damaged)} are damaged; the others can be used")
     return 0
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from raypipe.config.load import to_dict
 from raypipe.config.schema import RunConfig
-from raypipe.coordinator.actions import Action
+from raypipe.coordinator.actions import Action, Record
 from raypipe.coordinator.board import Board
 from raypipe.coordinator.composition import Composition
 from raypipe.coordinator.diary import Diary
@@ -74,6 +74,7 @@ def compose(
     book = RunBook(folder, said.track.keep_last, every, time.time)
     board, diary, code, plan = Board(said.evaluate.metric), Diary(folder), code_hash(), _plan(said, run, layout)
     past = _past(book, board) if there else _Past()
+    board.lines += [book.damage] if book.damage else []
     again = bool(past.versions)  # else it died before its first version, or is new
     if said.warm_start and not again:
         from raypipe.tracking.registry import load_weights
@@ -110,7 +111,8 @@ def compose(
     shell.record("run_started", _started(said, run, layout, plan, code, past.epoch + 1, home is None))
     for version in past.withdrawn:
         shell.record("version_withdrawn", {"version": version, "reason": "its weights were lost"})
-    diary.checkpoint(machine.memory())
+    shell.owe(first)
+    diary.checkpoint(machine.memory(), [action for action in first if isinstance(action, Record)])
     begin = partial(shell.resume, past.newest) if again else shell.begin
 
     def read(version: int) -> np.ndarray:
@@ -195,6 +197,7 @@ class _Past:
     """What the record says of a run that is taken up again."""
 
     epoch: int = 0
+    told: int = 0  # the machine's records
     config: dict[str, Any] | None = None
     versions: dict[int, dict[str, Any]] = field(default_factory=dict)
     withdrawn: list[int] = field(default_factory=list)
@@ -208,6 +211,7 @@ def _past(book: RunBook, board: Board) -> _Past:
     past = _Past()
     for kind, body in book.past():
         board.add(kind, body)
+        past.told = max(past.told, body.get("told", 0))
         if kind == "run_started":
             past.epoch, past.config = body["epoch"], body["config"]
         elif kind == "version_published":
@@ -231,7 +235,9 @@ def _take_up(past: _Past, machine: Coordinator, diary: Diary, book: RunBook, mod
         return True
 
     newest = max(past.versions)
-    back = bring_back(machine, diary, newest=newest, intact=intact, epoch=past.epoch + 1, grace_s=GRACE_S)
+    back = bring_back(
+        machine, diary, newest=newest, told=past.told, intact=intact, epoch=past.epoch + 1, grace_s=GRACE_S
+    )
     past.withdrawn = back.withdrawn
     for version in back.withdrawn:
         del past.versions[version]

@@ -296,6 +296,8 @@ class World:
         self.speed = {s: self.chance.choice([0.5, 1.0, 5.0]) for s in self.names}
         self.machine = self.new_machine()
         self.memory, self.since = remembered(self.machine), list[ev.Event]()
+        self.records: list[int] = []  # the journal's, by number
+        self.owed: list[do.Record] = []  # in the checkpoint
         self.queue: list[tuple[float, int, ev.Event]] = []
         self.count = itertools.count()
         self.at = 0.0
@@ -321,25 +323,28 @@ class World:
         """A new machine of what was written; everything in flight is gone, the stores come back, most of them."""
         before, self.machine = self.machine, self.new_machine()
         self.machine.recall(TypeAdapter(Memory).validate_python(json.loads(self.memory)))
-        for event in self.since:
-            self.machine.handle(event)
+        decided: list[do.Action] = [*self.owed, *(a for event in self.since for a in self.machine.handle(event))]
         m = self.machine
         if m.publishing is not None and m.publishing.version == len(self.versions):
-            m.handle(ev.Published(m.publishing.version, self.at))
+            decided += m.handle(ev.Published(m.publishing.version, self.at))
         assert m.version == len(self.versions)
         self.epoch += 1
         self.queue, self.present = [], set()
         self.folded = Counter(dict.fromkeys(self.made, 1))
-        actions: list[do.Action] = [do.Keep(version) for version in m.unkept]
+        lost = [a for a in of(do.Record, decided) if a.number > max(self.records, default=0)]
+        actions: list[do.Action] = [*lost, *(do.Keep(version) for version in m.unkept)]
         actions += m.handle(ev.Resumed(self.epoch, 10.0, self.at))
         for store in self.names:
             known = before.members.get(store)
             if store in self.healthy or (known and known.present and not self.trouble(store, 0.3)):
                 at = self.at + self.chance.uniform(0, 8)
                 self.later(ev.StoreJoined(store, 50, at, tuple(self.outbox.get(store, {}))))
-        self.memory, self.since = remembered(m), []
-        for action in actions:
-            self.perform(action)
+        self.memory, self.since, self.owed = remembered(m), [], of(do.Record, actions)
+        try:
+            for action in actions:
+                self.perform(action)
+        except Crash:
+            self.come_back()
 
     def later(self, event: ev.Event) -> None:
         heapq.heappush(self.queue, (event.at, next(self.count), event))
@@ -407,6 +412,9 @@ class World:
                 assert said == self.made.get(ticket), "a store is told of a version that its update is not in"
                 assert self.told.setdefault(ticket, said) == said, "a store is told two things"
                 self.outbox.get(store, {}).pop(ticket, None)
+            case do.Record(number=number):
+                self.records.append(number)
+                self.wrote()
             case do.Restart(store=store):
                 self.later(ev.StoreJoined(store, 50, at + 2))
             case do.Evaluate(version=version, store=store):
@@ -434,7 +442,7 @@ class World:
                 self.since.append(event)
                 self.wrote()
                 if len(self.since) > 40:
-                    self.memory, self.since = remembered(m), []
+                    self.memory, self.since, self.owed = remembered(m), [], of(do.Record, actions)
                 for action in actions:
                     if isinstance(action, do.Restart):
                         self.present.discard(action.store)
@@ -444,6 +452,7 @@ class World:
                 self.come_back()
                 m = self.machine
             if m.finished:
+                assert self.records == list(range(1, m.told + 1)), "each record once, in order"
                 return m
         raise AssertionError(f"not over after {limit} events at {self.at:.1f} s, version {m.version}: {m.tickets}")
 
@@ -556,7 +565,7 @@ def test_a_version_whose_weights_are_lost_is_withdrawn_once(
         tell(ev.Folded((train.ticket,), (), 1.0))
         (train,) = of(do.Train, tell(ev.Published(version, 1.0)))
     again = machine(policy, 1)
-    back = bring_back(again, diary, newest=newest, intact=lambda v: v not in lost, epoch=2, grace_s=9.0)
+    back = bring_back(again, diary, newest=newest, told=0, intact=lambda v: v not in lost, epoch=2, grace_s=9.0)
     assert back.withdrawn == withdrawn
     assert again.version == (0 if lost == {1} else 1)
     assert all(t.base <= again.version for t in again.tickets.values())

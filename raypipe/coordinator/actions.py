@@ -70,6 +70,9 @@ class Contribution:
     bytes_up: int
     digest: str | None = None  # of the encoded update; it and the store's signature where the run keeps a ledger
     signature: str | None = None
+    progress: float | None = None  # this and the next two: what it takes to train it again
+    repeat: int | None = None
+    after: str | None = None  # the ticket whose optimizer state it went on from
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +120,12 @@ class Evaluate:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A fact for the journal that needs no answer."""
+    """A fact for the journal that needs no answer. `number` counts those of the machine, so that each is written
+    once, whatever dies; 0 is the shell's own."""
 
     kind: str
     body: dict[str, Any] = field(default_factory=dict)
+    number: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,8 @@ class Board:
             self._version(body)
         elif kind == "evaluated":
             self._evaluated(body)
+        elif kind == "version_withdrawn":
+            self.lines.append(f"version {body['version']} is withdrawn and will be made again: {body['reason']}")
 
     def training(self, store: str, version: int) -> None:
         """A ticket was given out."""

@@ -5,9 +5,9 @@ was decided, before anything is done about it: one line of JSON in an append-onl
 row of a database costs a millisecond, and several are written for each ticket). The lines are in the page cache,
 which outlives this process; `sync` has them on the disk too, before a version's record says that it is a fact.
 
-A file begins with a checkpoint, all that the machine remembers, so that coming back takes no longer for a run of
-weeks than for one of minutes. A line that was cut while it was written is the last one, was not acted upon, and is
-left out.
+A file begins with a checkpoint, all that the machine remembers and the records that were decided and not written yet,
+so that coming back takes no longer for a run of weeks than for one of minutes. A line that was cut while it was
+written is the last one, was not acted upon, and is left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, get_args
@@ -28,13 +28,22 @@ from raypipe.coordinator.state import Memory
 from raypipe.errors import RunError
 
 FOLDER = "diary"
-SCHEMA = 1
+SCHEMA = 2  # 1 did not count records: which of them were not written cannot be known
 STEPS = 2000  # lines of a file, after which the next version begins another
 FILES = 500  # older ones are removed: what they hold is in the checkpoints
 DECISIONS = (do.Train, do.Collect, do.Fold, do.Publish, do.Keep, do.Settle, do.Restart, do.Finish)
 
 _KINDS = {kind.__name__: TypeAdapter(kind) for kind in get_args(ev.Event)}
 _MEMORY = TypeAdapter(Memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """A checkpoint and what came after it. `owed` None: it was written before records were counted."""
+
+    memory: Memory
+    owed: tuple[do.Record, ...] | None
+    events: tuple[ev.Event, ...]
 
 
 class Diary:
@@ -50,9 +59,9 @@ class Diary:
         """Whether it is time for a checkpoint."""
         return self._steps >= STEPS
 
-    def checkpoint(self, memory: Memory) -> None:
-        """Begin another file; durable when it returns."""
-        line = _line({"schema": SCHEMA, "memory": asdict(memory)})
+    def checkpoint(self, memory: Memory, owed: Sequence[do.Record] = ()) -> None:
+        """Begin another file; durable when it returns. `owed`: records that may not be written yet."""
+        line = _line({"schema": SCHEMA, "memory": asdict(memory), "owed": [asdict(record) for record in owed]})
         self._number = max((int(file.stem) for file in self._files()), default=0) + 1
         path = self.folder / f"{self._number:06d}.jsonl"
         try:
@@ -91,12 +100,13 @@ class Diary:
         if self._file is not None:
             os.fsync(self._file.fileno())
 
-    def read(self) -> tuple[Memory, list[ev.Event]] | None:
+    def read(self) -> Remembered | None:
         """The newest checkpoint and the events since; None where there is none. Raises RunError if it is damaged."""
         for file in reversed(self._files()):
             first, *lines = file.read_bytes().split(b"\n")
             whole = lines[:-1]  # what follows the last line end was cut, or is nothing
-            return _memory(first, file), [_event(line, file) for line in whole]
+            memory, owed = _memory(first, file)
+            return Remembered(memory, owed, tuple(_event(line, file) for line in whole))
         return None
 
     def close(self) -> None:
@@ -113,12 +123,14 @@ def _line(body: dict[str, Any]) -> bytes:
     return json.dumps(body, separators=(",", ":"), default=sorted).encode() + b"\n"  # sets alone are not JSON
 
 
-def _memory(line: bytes, file: Path) -> Memory:
+def _memory(line: bytes, file: Path) -> tuple[Memory, tuple[do.Record, ...] | None]:
     try:
         body = json.loads(line)
-        if body["schema"] != SCHEMA:
-            raise RunError(f"the diary {file.name} has schema {body['schema']}; this raypipe reads schema {SCHEMA}")
-        return _MEMORY.validate_python(body["memory"])
+        schema = body["schema"]
+        if not 1 <= schema <= SCHEMA:
+            raise RunError(f"the diary {file.name} has schema {schema}; this raypipe reads schema {SCHEMA} and older")
+        owed = tuple(do.Record(**record) for record in body["owed"]) if schema > 1 else None
+        return _MEMORY.validate_python(body["memory"]), owed
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise RunError(f"the diary {file.name} is damaged: {type(error).__name__} in its checkpoint") from None
 

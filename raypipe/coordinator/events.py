@@ -54,6 +54,7 @@ class Trained:
     seconds: float
     loss: float
     at: float
+    after: str = ""  # the ticket whose optimizer state it went on from
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
@@ -65,7 +65,7 @@ class Coordinator:
         self.awaited: set[str] | None = None  # stores whose last judgement is awaited, once it was asked for
         self.finished = False
         self._chance = chance
-        self.issued = self.places = 0
+        self.issued = self.places = self.told = 0
         self.central_busy = False
         self.closing_s = CLOSING_S
         self.empty_since: float | None = None
@@ -75,7 +75,7 @@ class Coordinator:
 
     def handle(self, event: ev.Event) -> list[do.Action]:
         """Take an event, change state, say what is to be done."""
-        if self.finished:
+        if self.finished and not isinstance(event, ev.Withdrawn):
             return []
         self.now = at = max(self.now, event.at)
         actions: list[do.Action] = []
@@ -125,7 +125,7 @@ class Coordinator:
         actions += self._publish()
         actions += self._train(at)
         self._note_emptiness(at)
-        return actions + self._finish(at)
+        return self._numbered(actions + self._finish(at))
 
     def wake_at(self) -> float:
         """When the next Tick is needed, in seconds of the shell's clock; inf when only an event can help."""
@@ -152,6 +152,13 @@ class Coordinator:
         """Be as that machine was, under the same policy."""
         for f in fields(Memory):
             setattr(self, f.name, getattr(memory, f.name))
+
+    def _numbered(self, actions: list[do.Action]) -> list[do.Action]:
+        for place, action in enumerate(actions):
+            if isinstance(action, do.Record):
+                self.told += 1
+                actions[place] = replace(action, number=self.told)
+        return actions
 
     # -- stores ---------------------------------------------------------------------------------------------
 
@@ -190,7 +197,9 @@ class Coordinator:
     def _withdrawn(self, version: int, reason: str) -> list[do.Action]:
         """The newest version's weights are lost: it is made again, of what still can be had."""
         gone = [t for t in self.tickets.values() if t.base >= version]
-        self.version, self.picked, self.cohort = version - 1, None, []
+        self.version, self.picked, self.cohort, self.finished = version - 1, None, [], False
+        if self.closing_s != STOPPED_S:  # why it was to end may hold no more
+            self.ending = None
         for ticket in gone:
             del self.tickets[ticket.id]
         for contribution in self.unkept.pop(version, ()):
@@ -241,7 +250,7 @@ class Coordinator:
             return []
         ticket.phase = Phase.TRAINED
         ticket.steps, ticket.examples, ticket.num_train = event.steps, event.examples, event.num_train
-        ticket.seconds, ticket.loss = event.seconds, event.loss
+        ticket.seconds, ticket.loss, ticket.after = event.seconds, event.loss, event.after
         if event.seconds > 0:
             self.members[ticket.store].speed = event.steps / event.seconds
         return []
@@ -653,4 +662,7 @@ def _contribution(ticket: Ticket, total: float) -> do.Contribution:
         bytes_up=ticket.num_bytes,
         digest=ticket.digest,
         signature=ticket.signature,
+        progress=ticket.asked.progress[0],
+        repeat=ticket.asked.repeat,
+        after=ticket.after,
     )

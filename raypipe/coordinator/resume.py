@@ -3,6 +3,7 @@
 checkpoint + events  ->  the machine as it was when it died
 the record           ->  was the version that it was making a fact already?
 the weights          ->  a version whose weights are lost or damaged is withdrawn; the one before it is the newest
+its records          ->  those that were decided and not written before it died are written now, each once
 Resumed              ->  what was in flight is asked for again, each update counted once
 """
 
@@ -27,22 +28,30 @@ class Return:
 
 
 def bring_back(
-    machine: Coordinator, diary: Diary, *, newest: int, intact: Callable[[int], bool], epoch: int, grace_s: float
+    machine: Coordinator,
+    diary: Diary,
+    *,
+    newest: int,
+    told: int,
+    intact: Callable[[int], bool],
+    epoch: int,
+    grace_s: float,
 ) -> Return:
-    """Make a new machine what the old one was, then tell it that it was away. `newest`: by the record.
+    """Make a new machine what the old one was, then tell it that it was away.
 
-    `intact` tells whether a version's weights can be had. Raises RunError where nothing can be had.
+    By the record: `newest` is the newest version, `told` the number of the machine's last record. `intact` tells
+    whether a version's weights can be had. Raises RunError where nothing can be had.
     """
     remembered = diary.read()
     if remembered is None:
         raise RunError("this run cannot be resumed: it died before its first version, or its diary is gone")
-    memory, events = remembered
-    machine.recall(memory)
-    for event in events:
-        machine.handle(event)
+    machine.recall(remembered.memory)
+    decided: list[do.Action] = [*(remembered.owed or ())]
+    for event in remembered.events:
+        decided += machine.handle(event)
     at = machine.memory().now
     if machine.publishing is not None and machine.publishing.version == newest:
-        machine.handle(ev.Published(newest, at))
+        decided += machine.handle(ev.Published(newest, at))
     if machine.version < newest and not machine.finished:
         raise RunError(f"the diary ends at version {machine.version}, the record at {newest}: they are of two runs")
     withdrawn: list[int] = []
@@ -52,6 +61,8 @@ def bring_back(
             raise RunError("no version of this run has its weights any more")
         if machine.version <= newest:
             withdrawn.append(machine.version)
-        machine.handle(ev.Withdrawn(machine.version, "its weights were lost", at))
+        decided += machine.handle(ev.Withdrawn(machine.version, "its weights were lost", at))
     keeps: list[do.Action] = [do.Keep(version) for version in sorted(machine.unkept)]
-    return Return([*keeps, *machine.handle(ev.Resumed(epoch, grace_s, at))], withdrawn)
+    counted = remembered.owed is not None
+    lost = [a for a in decided if isinstance(a, do.Record) and counted and a.number > told]
+    return Return([*lost, *keeps, *machine.handle(ev.Resumed(epoch, grace_s, at))], withdrawn)

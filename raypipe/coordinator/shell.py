@@ -122,6 +122,7 @@ class Shell:
         self._sent: set[tuple[int, str]] = set()
         self._updates: dict[str, np.ndarray] = {}
         self._collecting: set[str] = set()
+        self._owed: dict[int, do.Record] = {}  # decided, perhaps not written yet
         self._unjudged: set[int] = set()  # versions whose judgement may still come: their weights are kept
         self._lane: asyncio.Queue[tuple[do.Action, asyncio.Future[Any]]] = asyncio.Queue()
         self._arithmetic = ThreadPoolExecutor(1, thread_name_prefix="arithmetic")
@@ -252,7 +253,14 @@ class Shell:
         if report.evaluation is not None:
             self.inbox.put_nowait(self._judged(action.version, action.store, report.evaluation))
         return ev.Trained(
-            action.ticket, report.steps, report.examples, report.num_train, report.seconds, report.loss, self.clock()
+            action.ticket,
+            report.steps,
+            report.examples,
+            report.num_train,
+            report.seconds,
+            report.loss,
+            self.clock(),
+            report.after,
         )
 
     async def _collect(self, action: do.Collect) -> ev.Event:
@@ -357,7 +365,8 @@ class Shell:
         if isinstance(first, do.Publish):
             return [self._publish(first)]
         assert isinstance(first, do.Record)
-        self.record(first.kind, first.body)
+        self.record(first.kind, first.body | ({"told": first.number} if first.number else {}))
+        self._owed.pop(first.number, None)
         return [None]
 
     def _fold(self, folds: Sequence[do.Fold]) -> list[ev.Event | None]:
@@ -395,6 +404,8 @@ class Shell:
             "bytes_down": self._bytes_down,
             "bytes_total": self._bytes_total,
             "step_norm": norm,
+            "full_weight": action.full_weight,
+            "statistic_mix": action.statistic_mix,
         }
         self._bytes_down, self._published = 0, now
         written.result()
@@ -429,7 +440,8 @@ class Shell:
         self._started = self._published = now = self.wall()
         facts = {"version": 0, "parent": None, "hash": self.book.hash(self.model.vector), "at": now}
         nothing = {"elapsed_s": 0.0, "seconds": 0.0, "contributions": [], "bytes_up": 0, "bytes_down": 0}
-        self.record("version_published", {**facts, **nothing, "bytes_total": 0, "step_norm": 0.0})
+        step = {"step_norm": 0.0, "full_weight": 0.0, "statistic_mix": 0.0}
+        self.record("version_published", {**facts, **nothing, "bytes_total": 0, **step})
         self.book.write(0, self.model.vector, self.model.layout, self.model.state)
         self.book.keep(0)
         self._handles[0] = self.put(self.model.vector)
@@ -440,13 +452,21 @@ class Shell:
         self._bytes_total = last["bytes_total"]
         self._handles[last["version"]] = self.put(self.model.vector)
 
+    def owe(self, actions: Sequence[do.Action]) -> None:
+        """Records that were decided: until they are written, a checkpoint holds them."""
+        self._owed |= {a.number: a for a in actions if isinstance(a, do.Record)}
+
     async def note(self, event: ev.Event, actions: list[do.Action]) -> None:
         """Into the diary, before anything is done; where there is no room, when there is."""
+        noted = False
         while True:
             try:
-                self.diary.note(event, actions)
+                if not noted:
+                    self.diary.note(event, actions)
+                    self.owe(actions)
+                noted = True
                 if self.diary.long and any(isinstance(action, do.Publish) for action in actions):
-                    self.diary.checkpoint(self.memory())
+                    self.diary.checkpoint(self.memory(), list(self._owed.values()))
                 return
             except RunError as error:
                 self._wait_for_room(error)

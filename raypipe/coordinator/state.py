@@ -41,6 +41,7 @@ class Ticket:
     num_train: int = 0
     seconds: float = 0.0
     loss: float = 0.0
+    after: str = ""
     num_bytes: int = 0
     worth: float = 0.0  # its weight were it not stale
     weight: float = 0.0
@@ -175,3 +176,4 @@ class Memory:
     closing_s: float
     empty_since: float | None
     now: float
+    told: int = 0  # records so far

@@ -125,6 +125,7 @@ class Report:
     digest: str = ""  # of the encoded update; it and the signature are empty in a run without a ledger
     signature: str = ""  # over `ledger.offline.update_statement`
     cosignature: dict[str, Any] | None = None  # of the head that the base's proof was under
+    after: str = ""  # the ticket whose optimizer state it went on from; empty: it began anew
 
 
 @dataclass(frozen=True, slots=True)

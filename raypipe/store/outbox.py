@@ -110,11 +110,11 @@ class Outbox:
         view.flags.writeable = False
         return view
 
-    def kept(self, key: str) -> dict[str, Any] | None:
-        """A copy of the optimizer's state that was committed under this key."""
+    def kept(self, key: str) -> tuple[str, dict[str, Any]] | None:
+        """A copy of the optimizer's state that was committed under this key, and the ticket that it came of."""
         with self._guard:
             held = self._kept.get(key)
-            return None if held is None else filled(held.entry.outline, held.slots[0])
+            return None if held is None else (held.entry.ticket, filled(held.entry.outline, held.slots[0]))
 
     @contextmanager
     def room(self, num_bytes: int) -> Iterator[Slot]:

@@ -19,7 +19,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeAlias
@@ -29,37 +28,22 @@ import torch
 
 from raypipe.errors import ConfigError, StoreError, StoreRefused
 from raypipe.models import models
-from raypipe.store.attest import Attestor, Base
+from raypipe.store.attest import Attestor
 from raypipe.store.batches import Images
+from raypipe.store.lesson import Admitted, learn
 from raypipe.store.messages import PROTOCOL, Card, Command, Evaluation, Part, Plan, Refusal, Report, Ticket, Verdict
-from raypipe.store.optimizers import optimizers
 from raypipe.store.outbox import Outbox, Point, open_outbox
-from raypipe.store.policy import Limits, read_policy
+from raypipe.store.policy import read_policy
 from raypipe.store.runs import tidy
 from raypipe.store.safety import refusal, site_log
-from raypipe.store.schedules import schedules
 from raypipe.store.shelf import Learner, Shelf
-from raypipe.store.trainer import Clock, Control, Outcome, Work, evaluate, train
+from raypipe.store.trainer import Clock, Control, Outcome, evaluate
 from raypipe.tasks import tasks
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 CACHE_BYTES = 2 << 30  # decoded images of a data set that are kept in memory
 EARLY = 64  # commands kept for tickets that have not begun
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """A ticket that was admitted, with all that it needs."""
-
-    ticket: Ticket
-    plan: Plan
-    weights: Array
-    learner: Learner
-    images: Images
-    limits: Limits
-    control: Control
-    base: Base | None  # in a run that keeps a ledger
 
 
 class Site:
@@ -233,16 +217,14 @@ class Site:
         evaluation = None
         if ticket.evaluate is not None:
             evaluation = self._judge_base(plan, asked.learner, ticket.evaluate, asked.control)
-        optimizer = optimizers.build(plan.optimizer)(model.trained)
         key = json.dumps([plan.run, plan.layout, plan.optimizer], sort_keys=True)
-        if plan.keep_optimizer and (kept := outbox.kept(key)) is not None:
-            optimizer.load_state_dict(kept)
+        after, kept = (outbox.kept(key) if plan.keep_optimizer else None) or ("", None)
         with outbox.room(4 * model.layout.update_size) as slot:
-            outcome = self._trained(asked, optimizer, self._slowdown)
+            outcome, optimizer = learn(asked, kept, clock=self._clock, slowdown=self._slowdown)
             update, finite = model.update(asked.weights, out=slot.floats)
             if not finite:
                 raise StoreError(f"the update is not finite after {outcome.steps} steps; lower lr")
-            report = self._report(ticket, asked.images, outcome, update.nbytes, evaluation)
+            report = self._report(ticket, asked.images, outcome, update.nbytes, evaluation, after)
             report = self._attestor.sign(report, plan, asked.base, update)
             outbox.put(report, slot, key, optimizer.state_dict() if plan.keep_optimizer else None)
         return report
@@ -250,26 +232,20 @@ class Site:
     def _judged(self, asked: Admitted) -> Report:
         """The ticket trained and its result evaluated; nothing of it is kept."""
         asked.learner.model.load(asked.weights)
-        optimizer = optimizers.build(asked.plan.optimizer)(asked.learner.model.trained)
-        outcome = self._trained(asked, optimizer, slowdown=1.0)
+        outcome, _ = learn(asked, None, clock=self._clock)
         assert asked.ticket.judge is not None
         judged = self._evaluate(asked.plan, asked.learner, asked.ticket.judge, asked.control)
         report = self._report(asked.ticket, asked.images, outcome, 0, judged)
         return self._attestor.sign(report, asked.plan, asked.base, None)
 
-    def _trained(self, asked: Admitted, optimizer: torch.optim.Optimizer, slowdown: float) -> Outcome:
-        work = Work(
-            seed=asked.ticket.seed,
-            lr=asked.plan.lr,
-            schedule=schedules.build(asked.plan.schedule),
-            progress=asked.ticket.progress,
-            limits=asked.limits,
-            slowdown=slowdown,
-        )
-        return train(asked.learner.model, asked.learner.task, asked.images, optimizer, work, asked.control, self._clock)
-
     def _report(
-        self, ticket: Ticket, images: Images, outcome: Outcome, update_bytes: int, evaluation: Evaluation | None
+        self,
+        ticket: Ticket,
+        images: Images,
+        outcome: Outcome,
+        update_bytes: int,
+        evaluation: Evaluation | None,
+        after: str = "",
     ) -> Report:
         return Report(
             ticket=ticket.id,
@@ -284,6 +260,7 @@ class Site:
             update_bytes=update_bytes,
             stopped=outcome.stopped,
             evaluation=evaluation,
+            after=after,
         )
 
     def _evaluate(self, plan: Plan, learner: Learner, split: str, control: Control) -> Evaluation | None:

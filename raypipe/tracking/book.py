@@ -46,6 +46,7 @@ class RunBook:
         self.folder = folder
         self.versions = VersionStore(folder / "versions")
         self._journal = Journal(folder / "journal.sqlite", write=True)
+        self.damage = self._journal.damage  # what of the record is left out; empty: nothing
         self._last, self._every, self._wall = keep_last, keep_every, wall
         self._started: RunStarted | None = None
         self._kept: set[str] = set()

@@ -177,7 +177,7 @@ def versions_table(rows: Sequence[VersionRow]) -> Table:
         table.add_column(name, justify="left" if name in ("hash", "weights") else "right", no_wrap=True)
     for row in rows:
         stale = "-" if row.staleness_mean is None else f"{row.staleness_mean:.2f}"
-        kept = "kept" if row.kept else "pruned"
+        kept = "pruned" if not row.kept else "kept" if row.whole else "DAMAGED"
         marks = kept + (", promoted" if row.pinned else "") + (", best" if row.best else "")
         cells = (f"v{row.version}", row.hash[:12], str(row.contributors), str(row.steps), stale)
         table.add_row(*cells, _percent(row.accuracy), marks)

@@ -7,6 +7,7 @@ record is on the disk (synchronous=FULL, one fsync); rows are never changed, the
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,20 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from raypipe.errors import RunError
+from raypipe.tracking.damage import Tail, rows, salvage, schema_of
+from raypipe.tracking.migrate import CREATE, SCHEMA, rewrite, upgraded
 from raypipe.tracking.records import KINDS, Kind
 
 FILE = "journal.sqlite"
-SCHEMA = 1
 PAGE = 256  # records fetched at once
+CUT = "the journal was cut inside a write: its last record is not whole, nobody acted on it, it is left out"
 
-_CREATE = f"""
-begin immediate;
-create table record(seq integer primary key, at real not null, kind text not null, body text not null) strict;
-create trigger never_updated before update on record begin select raise(abort, 'the journal is append-only'); end;
-create trigger never_deleted before delete on record begin select raise(abort, 'the journal is append-only'); end;
-pragma user_version = {SCHEMA};
-commit;
-"""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,29 +43,71 @@ class Journal:
     def __init__(self, path: Path, *, write: bool = False) -> None:
         """Opens for reading, or makes the file where it is missing and opens it for writing.
 
-        Raises RunError when there is no journal to read, or one of another schema version.
+        One of an earlier schema is read as if it were of today's, and rewritten before it is written to. `damage`
+        says what of a damaged one is left out. Raises RunError when there is no journal to read, or one of a later
+        schema, or nothing in it can be read.
         """
-        self.path = path
+        self.path, self.damage = path, ""
         self._lock = threading.Lock()
+        self._schema = SCHEMA
+        self._whole = True
         if not write and not path.is_file():
             raise RunError(f"no run here: {path} is missing")
         try:
-            mode = "rwc" if write else "ro"
-            uri = f"{path.absolute().as_uri()}?mode={mode}"
-            self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=20)
-            self._prepare(write)
-        except sqlite3.Error as error:
+            self._open(write)
+        except (sqlite3.Error, OSError) as error:
             raise RunError(f"the journal {path.name} cannot be opened: {error}") from None
+        if self.damage:
+            log.warning("%s", self.damage)
+
+    def _open(self, write: bool) -> None:
+        tail = Tail(self.path)
+        self._db = self._connected(write)
+        try:
+            self._prepare(write)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # busy, not permitted, full: not damaged
+                raise
+            self._left_out(error, write)
+        if write and self._whole:
+            pages = self._db.execute("pragma wal_checkpoint(passive)").fetchone()[1]
+            self.damage = self.damage or (CUT if tail.is_cut(pages) else "")
+
+    def _connected(self, write: bool) -> sqlite3.Connection:
+        uri = f"{self.path.absolute().as_uri()}?mode={'rwc' if write else 'ro'}"
+        return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=20)
 
     def _prepare(self, write: bool) -> None:
         if write:
             self._db.execute("pragma journal_mode=wal")
             self._db.execute("pragma synchronous=full")
-        found = self._db.execute("pragma user_version").fetchone()[0]
+        self._schema = found = self._db.execute("pragma user_version").fetchone()[0]
+        if found > SCHEMA:
+            name = self.path.name
+            raise RunError(f"the journal {name} has schema {found}; this raypipe reads schema {SCHEMA} and older")
         if found == 0 and write:
-            self._db.executescript(_CREATE)
-        elif found != SCHEMA:
-            raise RunError(f"the journal {self.path.name} has schema {found}; this raypipe reads schema {SCHEMA}")
+            self._db.executescript(f"begin immediate; {CREATE} pragma user_version = {SCHEMA}; commit;")
+        elif found == 0:
+            raise RunError(f"the journal {self.path.name} is empty: its run never began")
+        elif write:
+            self._db.execute("select count(*) from record").fetchone()  # a damaged one is found now
+            if found < SCHEMA:
+                rewrite(self._db, self.path, found)
+        self._schema = SCHEMA if write else found
+
+    def _left_out(self, error: sqlite3.Error, write: bool) -> None:
+        """Read, or go on with, what can still be read. Raises sqlite3.Error where that is nothing."""
+        if write:
+            self._db.close()
+            last = salvage(self.path, CREATE)
+            self._db = self._connected(write)
+            self._prepare(write)
+        else:
+            self._whole, self._schema = False, schema_of(self._db)
+            last = sum(1 for _ in rows(self._db, 0))
+            if not last:
+                raise error
+        self.damage = f"the journal {self.path.name} is damaged: what came after record {last} is left out"
 
     def append(self, kind: Kind, body: Mapping[str, object], at: float) -> int:
         """The record's number; it is on the disk. Raises RunError (disk full, no such kind); nothing was written."""
@@ -86,17 +124,32 @@ class Journal:
     def read(self, after: int = 0, kinds: Sequence[Kind] | None = None) -> Iterator[Record]:
         """The records with a number above `after`, in order, up to what is there now."""
         chosen = KINDS if kinds is None else tuple(kinds)
-        query = (
-            f"select seq, at, kind, body from record where seq > ? and kind in ({','.join('?' * len(chosen))})"
-            f" order by seq limit {PAGE}"
-        )
-        while rows := self._rows(query, after, *chosen):
-            for seq, at, kind, body in rows:
-                yield Record(seq, at, kind, json.loads(body))
-            after = rows[-1][0]
+        for seq, at, kind, text in self._from(after, chosen):
+            try:
+                said = json.loads(text)
+            except ValueError:
+                raise RunError(f"record {seq} of the journal {self.path.name} is damaged") from None
+            for now, body in upgraded(kind, said, self._schema):
+                if now in chosen:
+                    yield Record(seq, at, now, body)
+
+    def _from(self, after: int, chosen: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        if not self._whole:
+            with self._lock:
+                yield from list(rows(self._db, after))
+            return
+        asked, values = "", tuple(chosen)
+        if self._schema == SCHEMA:  # else a record may have become one of another kind
+            asked = f"and kind in ({','.join('?' * len(chosen))})"
+        query = f"select seq, at, kind, body from record where seq > ? {asked} order by seq limit {PAGE}"
+        while page := self._rows(query, after, *(values if asked else ())):
+            yield from page
+            after = page[-1][0]
 
     def last(self) -> int:
         """The number of the newest record; 0 when there is none."""
+        if not self._whole:
+            return sum(1 for _ in self._from(0, KINDS))
         return int(self._rows("select coalesce(max(seq), 0) from record")[0][0])
 
     def close(self) -> None:

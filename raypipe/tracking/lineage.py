@@ -194,6 +194,7 @@ class VersionRow:
     accuracy: float | None
     loss: float | None
     kept: bool
+    whole: bool  # of one that is kept: its weights are as they were written
     pinned: bool
     best: bool
 
@@ -207,8 +208,8 @@ def read_history(run_dir: Path) -> History:
         journal.close()
 
 
-def list_versions(run_dir: Path) -> list[VersionRow]:
-    """All versions of a run, from its journal alone; neither MLflow nor Ray is needed."""
+def list_versions(run_dir: Path, *, check: bool = False) -> list[VersionRow]:
+    """All versions of a run, from its journal alone; neither MLflow nor Ray is needed. `check` reads all weights."""
     history, store = read_history(run_dir), VersionStore(run_dir / FOLDER)
     kept, pinned = set(store.kept()), store.pinned()
     rows = []
@@ -226,6 +227,7 @@ def list_versions(run_dir: Path) -> list[VersionRow]:
                 accuracy=metrics.get("eval/accuracy"),
                 loss=metrics.get("eval/loss"),
                 kept=number in kept,
+                whole=number in kept and (not check or store.is_whole(number)),
                 pinned=number in pinned,
                 best=number == history.best,
             )

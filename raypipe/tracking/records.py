@@ -111,6 +111,10 @@ class Contribution(TypedDict):
     bytes_up: int
     digest: NotRequired[str | None]  # of the encoded update
     signature: NotRequired[str | None]  # the store's, over `ledger.offline.update_statement`
+    # What it takes to train it again; None in what an older raypipe wrote.
+    progress: float | None  # of the run, when it was asked for: the learning rate follows it
+    repeat: int | None  # updates that the store had handed over from this base before
+    after: str | None  # the ticket whose optimizer state it went on from; empty: it began anew
 
 
 class VersionPublished(TypedDict):
@@ -118,7 +122,7 @@ class VersionPublished(TypedDict):
 
     version: int
     parent: int | None
-    hash: str  # blake3 of the float32 values in the order of the layout
+    hash: str  # `b3:` and the blake3 of the float32 values in the layout's order; once `sha256:` and the file's
     at: float
     elapsed_s: float  # of the run
     seconds: float  # since the previous version
@@ -127,6 +131,8 @@ class VersionPublished(TypedDict):
     bytes_down: int
     bytes_total: int  # both ways, of the whole run
     step_norm: float
+    full_weight: float | None  # what the weights would sum to were nothing stale; None: an older raypipe wrote it
+    statistic_mix: float | None  # how far statistics moved to the contributors' mean
 
 
 class WeightsKept(TypedDict):

@@ -8,6 +8,7 @@ its LoggedModel holds the plain weights and the parts they belong to; raypipe it
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 CHAMPION, PREVIOUS = "champion", "previous"
 WEIGHTS, CARD = "state.safetensors", "raypipe.json"
+log = logging.getLogger(__name__)
 BATCH = 64  # images predicted at once
 REGISTERED = re.compile(r"^models:/[^/:@]+(@[^/:@]+|/[0-9]+)$")
 
@@ -167,13 +169,27 @@ def _open(
         return _open_registered(source, uri, home)
     path = Path(source)
     if path.is_dir():
-        history, store = read_history(path), VersionStore(path / FOLDER)
-        newest = max(history.versions, default=0)
-        chosen = version if version is not None else history.best if history.best is not None else newest
-        return store.read(chosen, history.file_hash(chosen)), model_card(history.run(), chosen)
+        return _open_run(path, version)
     if path.suffix != ".safetensors" or not path.is_file():
         raise ConfigError(f"{source!r} is no .safetensors file, no run's folder and no models:/NAME@alias")
     return read_file(path)
+
+
+def _open_run(run_dir: Path, version: int | None) -> tuple[Tensors, dict[str, Any]]:
+    """The version asked for; else the best, or where that is damaged the newest whole one before it, and says so."""
+    history, store = read_history(run_dir), VersionStore(run_dir / FOLDER)
+    newest = max(history.versions, default=0)
+    best = history.best if history.best is not None else newest
+    chosen = best if version is None else version
+    try:
+        tensors = store.read(chosen, history.file_hash(chosen))
+    except (ConfigError, RunError) as error:
+        earlier = next((v for v in reversed(store.kept()) if v < chosen and store.is_whole(v)), None)
+        if version is not None or earlier is None:
+            raise
+        log.warning("%s: version %d is used instead", error.message.partition(";")[0], earlier)
+        chosen, tensors = earlier, store.read(earlier, history.file_hash(earlier))
+    return tensors, model_card(history.run(), chosen)
 
 
 def _open_registered(source: str, uri: str | None, home: Path | None) -> tuple[Tensors, dict[str, Any]]:

@@ -7,6 +7,7 @@ was removed here is still in the journal: lineage is kept for ever, weights by r
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -122,10 +123,16 @@ class VersionStore:
         Raises ConfigError when the weights are gone, RunError when the file was altered.
         """
         file = self.path(version)
-        found = _digest(file)
-        if found[:DIGITS] != file.stem.partition("-")[2] or expected not in (None, found):
-            raise RunError(f"the weights of version {version} are damaged: {file.name} has hash {found[:DIGITS]}")
+        if not _is_whole(file, expected):
+            near = sorted(set(self.kept()) - {version}, key=lambda v: abs(v - version))
+            whole = next((v for v in near if self.is_whole(v)), None)
+            there = "no other is whole" if whole is None else f"the nearest whole one is {whole}"
+            raise RunError(f"the weights of version {version} are damaged ({file.name}); {there}")
         return dict(load_file(file))
+
+    def is_whole(self, version: int) -> bool:
+        """Whether a version's weights are here and unaltered."""
+        return any(_is_whole(file, None) for file in self._files(version))
 
     def kept(self) -> list[int]:
         """Versions whose weights are here, ascending."""
@@ -204,6 +211,19 @@ def _digest(file: Path) -> str:
         while size := opened.readinto(block):
             hasher.update(memoryview(block)[:size])
     return hasher.hexdigest()
+
+
+def _is_whole(file: Path, expected: str | None) -> bool:
+    """Its content has the hash in its name, and the expected one: a blake3; once, a sha256."""
+    named = file.stem.partition("-")[2]
+    try:
+        found = _digest(file)
+        if found[:DIGITS] != named:
+            with file.open("rb") as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError:
+        return False
+    return found[:DIGITS] == named and expected in (None, found)
 
 
 def _sync_folder(folder: Path) -> None:

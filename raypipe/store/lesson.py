@@ -1,0 +1,53 @@
+"""A ticket's training itself, the same at a store and when a run is replayed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch.optim import Optimizer
+
+from raypipe.store.attest import Base
+from raypipe.store.batches import Images
+from raypipe.store.messages import Plan, Ticket
+from raypipe.store.optimizers import optimizers
+from raypipe.store.policy import Limits
+from raypipe.store.schedules import schedules
+from raypipe.store.shelf import Learner
+from raypipe.store.trainer import Clock, Control, Outcome, Work, train
+
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A ticket that was admitted, with all that it needs."""
+
+    ticket: Ticket
+    plan: Plan
+    weights: Array
+    learner: Learner
+    images: Images
+    limits: Limits
+    control: Control
+    base: Base | None = None  # in a run that keeps a ledger
+
+
+def learn(
+    asked: Admitted, kept: dict[str, Any] | None, *, clock: Clock, slowdown: float = 1.0
+) -> tuple[Outcome, Optimizer]:
+    """Train the model, already loaded, in place; `kept` is the optimizer's state to go on from. Raises StoreError."""
+    optimizer = optimizers.build(asked.plan.optimizer)(asked.learner.model.trained)
+    if kept is not None:
+        optimizer.load_state_dict(kept)
+    work = Work(
+        seed=asked.ticket.seed,
+        lr=asked.plan.lr,
+        schedule=schedules.build(asked.plan.schedule),
+        progress=asked.ticket.progress,
+        limits=asked.limits,
+        slowdown=slowdown,
+    )
+    learner = asked.learner
+    return train(learner.model, learner.task, asked.images, optimizer, work, asked.control, clock), optimizer
