@@ -6,13 +6,14 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # before anything imports Ray
 
 from rich.console import Console
 
+from raypipe import record_verbs
 from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.ledger import commands as ledger
 
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="raypipe", description=__doc__, allow_abbrev=False)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    def verb(name: str, run: object, help: str) -> argparse.ArgumentParser:
+    def verb(name: str, run: Callable[[argparse.Namespace, Console], int], help: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     placed.add_parsers(verbs)
     doctored.add_parsers(verbs)
     secured.add_parsers(verbs)
+    record_verbs.add(verb)
     for name, help in (
         ("join", "take a store into a run that is going on"),
         ("leave", "let a store go; what it has contributed stays"),

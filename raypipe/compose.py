@@ -6,6 +6,7 @@ With run.py and cli.py the only file that knows all rooms.
 from __future__ import annotations
 
 import hashlib
+import platform
 import random
 import time
 from collections.abc import Callable
@@ -55,24 +56,17 @@ def compose(
 
     A run whose folder is there already is taken up where it was left. Raises RaypipeError.
     """
-    from raypipe.aggregation.global_model import GlobalModel
-    from raypipe.aggregation.transforms import transforms
-    from raypipe.models.flat import initial
-
     said = RunConfig.model_validate(config)
     place = Path(home) if home else raypipe_home()
-    task = tasks.build(said.task)
-    layout, vector = initial(said.model, task.num_outputs, task.channels, task.image_size, said.seed)
     folder = place / "runs" / run
     there = (folder / FILE).is_file()
     if must_exist and not there:
         raise RunError(f"no run named {run!r} on the coordinator's machine, in {folder.parent}")
-    threads = None if said.local is None else 1  # on one machine the cores belong to the stores
-    transform = transforms.build(said.server)
-    model = GlobalModel(layout, vector, transform, how=said.update, normalise=said.pacing.normalise, threads=threads)
+    model = initial_model(said)
+    layout = model.layout
     every = (said.track.keep_every, said.track.log_model_every)
     book = RunBook(folder, said.track.keep_last, every, time.time)
-    board, diary, code, plan = Board(said.evaluate.metric), Diary(folder), code_hash(), _plan(said, run, layout)
+    board, diary, code, plan = Board(said.evaluate.metric), Diary(folder), code_hash(), plan_of(said, run, layout)
     past = _past(book, board) if there else _Past()
     board.lines += [book.damage] if book.damage else []
     again = bool(past.versions)  # else it died before its first version, or is new
@@ -142,7 +136,21 @@ def _notary(said: RunConfig, place: Path, run: str, board: Board, *, demo: bool,
     return notary
 
 
-def _plan(said: RunConfig, run: str, layout: Layout) -> Plan:
+def initial_model(said: RunConfig) -> GlobalModel:
+    """Version 0 of a run that begins from nothing; equal for equal configurations."""
+    from raypipe.aggregation.global_model import GlobalModel
+    from raypipe.aggregation.transforms import transforms
+    from raypipe.models.flat import initial
+
+    task = tasks.build(said.task)
+    layout, vector = initial(said.model, task.num_outputs, task.channels, task.image_size, said.seed)
+    threads = None if said.local is None else 1  # on one machine the cores belong to the stores
+    transform = transforms.build(said.server)
+    return GlobalModel(layout, vector, transform, how=said.update, normalise=said.pacing.normalise, threads=threads)
+
+
+def plan_of(said: RunConfig, run: str, layout: Layout) -> Plan:
+    """What each ticket of a run is told."""
     return Plan(
         run=run,
         task=said.task,
@@ -189,7 +197,15 @@ def _started(
         "register_as": said.track.register_as or said.name,
         "epoch": epoch,
         "cluster": cluster,
+        "machine": machine(),
     }
+
+
+def machine() -> str:
+    """What this process computes with: with another, bits may differ."""
+    import torch
+
+    return f"torch {torch.__version__}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 @dataclass
@@ -214,6 +230,8 @@ def _past(book: RunBook, board: Board) -> _Past:
         past.told = max(past.told, body.get("told", 0))
         if kind == "run_started":
             past.epoch, past.config = body["epoch"], body["config"]
+        elif kind == "run_restored":
+            past.epoch = body["epoch"]
         elif kind == "version_published":
             past.versions[body["version"]] = body
         elif kind == "version_withdrawn":

@@ -11,6 +11,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,15 @@ class Journal:
         if not self._whole:
             return sum(1 for _ in self._from(0, KINDS))
         return int(self._rows("select coalesce(max(seq), 0) from record")[0][0])
+
+    def copy_to(self, path: Path) -> None:
+        """One moment of it as a file of its own; who writes meanwhile is not held up. Raises RunError."""
+        try:
+            with self._lock, closing(sqlite3.connect(path)) as copy:
+                self._db.backup(copy)
+                copy.execute("pragma journal_mode = delete")
+        except sqlite3.Error as error:
+            raise RunError(f"the journal {self.path.name} cannot be copied: {error}") from None
 
     def close(self) -> None:
         """Idempotent."""

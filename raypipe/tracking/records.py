@@ -24,6 +24,7 @@ Kind: TypeAlias = Literal[
     "evaluated",
     "final",
     "run_finished",
+    "run_restored",
 ]
 KINDS: tuple[Kind, ...] = (
     "run_started",
@@ -39,6 +40,7 @@ KINDS: tuple[Kind, ...] = (
     "evaluated",
     "final",
     "run_finished",
+    "run_restored",
 )
 Status: TypeAlias = Literal["finished", "killed", "failed"]
 
@@ -58,6 +60,7 @@ class RunStarted(TypedDict):
     register_as: str
     epoch: int
     cluster: NotRequired[bool]  # its coordinator is on a cluster's head, not on Ray started for this run alone
+    machine: NotRequired[str]  # what the coordinator computes with
 
 
 class StoreJoined(TypedDict):
@@ -186,4 +189,13 @@ class RunFinished(TypedDict):
     status: NotRequired[Status]  # finished, if it is not there
     versions: int
     best_version: int | None
+    at: float
+
+
+class RunRestored(TypedDict):
+    """The run's folder was put back from a backup: what was recorded after `saved_at` is not in this record."""
+
+    version: int  # the newest
+    epoch: int  # the next coordinator's is higher: stores may have heard of many since
+    saved_at: float
     at: float

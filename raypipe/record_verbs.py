@@ -1,0 +1,94 @@
+"""Console verbs about a run's record: replay, backup, restore. Thin; see cli.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from raypipe.errors import RunError
+from raypipe.placement.homes import raypipe_home, stores_home
+
+SAY_S = 10.0  # between two lines of a long replay
+Verb = Callable[[str, Callable[[argparse.Namespace, Console], int], str], argparse.ArgumentParser]
+
+
+def add(verb: Verb) -> None:
+    """The verbs of this file."""
+    replay = verb("replay", _replay, "make a run's versions again from its record, at the stores' data")
+    replay.add_argument("which", metavar="RUN", help="a run's id, or 'last'")
+    replay.add_argument("--verify", action="store_true", help="write nothing; stop at the first version that differs")
+    replay.add_argument("--stores", type=Path, help="the stores' folders; default: where this machine has them")
+    replay.add_argument("--out", type=Path, help="where the weights go; default: RUN-replayed, here")
+    saved = verb("backup", _backup, "put a run into one file, also while it goes on; not what its stores keep")
+    saved.add_argument("which", metavar="RUN", help="a run's id, or 'last'")
+    saved.add_argument("target", metavar="FILE", type=Path, help="a new file, or a folder for RUN.tar")
+    restored = verb("restore", _restore, "put a run back from a backup; then: raypipe train --resume RUN")
+    restored.add_argument("file", metavar="FILE", type=Path)
+
+
+def _backup(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.tracking.backup import backup
+    from raypipe.tracking.book import run_folder
+    from raypipe.tracking.console import megabytes
+
+    done = backup(run_folder(options.which), options.target)
+    console.print(
+        f"{done.run} up to version {done.version}: {done.path}, {megabytes(done.num_bytes)}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    if done.left_out:
+        line = f"not in it: private keys ({', '.join(done.left_out)}); keep a copy where only you can read it"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _restore(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.tracking.backup import restore
+
+    done = restore(options.file, raypipe_home())
+    console.print(f"{done.run} is back, at version {done.version}: {done.path}", highlight=False, soft_wrap=True)
+    console.print(f"next: raypipe train --resume {done.run}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _replay(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.replay import Replay
+    from raypipe.tracking.book import run_folder
+    from raypipe.tracking.lineage import model_card
+    from raypipe.tracking.versions import VersionStore
+
+    folder = run_folder(options.which)
+    replay = Replay(folder, options.stores or stores_of(folder))
+    out = None if options.verify else VersionStore(options.out or Path(f"{replay.run}-replayed"))
+    differ, said = list[str](), time.monotonic()
+    for done, made in enumerate(replay.versions(), 1):
+        if out is not None:
+            out.write(made.version, made.vector, replay.layout, model_card(replay.started, made.version))
+            out.keep(made.version)
+        if not made.same:
+            what = f"version {made.version} differs: made again it is {made.found}, by the record {made.recorded}"
+            differ += [what, *made.hints, *replay.strange()] if not differ else []
+        if differ and options.verify:
+            raise RunError("\n".join(differ))
+        if time.monotonic() > said + SAY_S:
+            said = time.monotonic()
+            console.print(f"version {made.version}, {done} of {replay.num_versions}", highlight=False)
+    where = "" if out is None else f" in {out.folder}"
+    if differ:
+        raise RunError("\n".join([*differ, f"all {replay.num_versions} versions are{where}"]))
+    line = f"{replay.run}: {replay.num_versions} versions made again{where}, each with the bytes that the record says"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def stores_of(folder: Path) -> Path:
+    """Where this machine has a run's stores: those of a local run are made beside it."""
+    from raypipe.tracking.lineage import read_history
+
+    demo = raypipe_home() / "demo" / str(read_history(folder).run()["name"])
+    return demo if demo.is_dir() and "RAYPIPE_STORES" not in os.environ else stores_home()

@@ -1,0 +1,148 @@
+"""A run is saved while it goes on, its home is wiped, it is put back and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_resume import last_record, make, start
+from test_shell import NAMES, SitePort, config, run
+
+from raypipe.cli import main
+from raypipe.errors import RunError
+from raypipe.tracking.backup import backup, restore
+from raypipe.tracking.journal import FILE, Journal
+from raypipe.tracking.lineage import read_history
+
+TRACK = {"mlflow": False, "keep_last": 3, "keep_every": 5}
+TRAIN = {"local_steps": 4, "batch_size": 16}
+
+
+def command(home: Path, *arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYPIPE_HOME", str(home))
+        return main(arguments)
+
+
+def saved_on_the_way(said: dict[str, Any], home: Path, after: int) -> list[Path]:
+    """Backups of a run that goes on, the last one just before it is killed."""
+    child, files = start(said, home, home / "stores"), list[Path]()
+    until = time.monotonic() + 60
+    while last_record(home) < after:
+        assert child.poll() is None, child.stderr and child.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    for number in range(3):
+        assert command(home, "backup", "last", str(home / f"saved-{number}.tar")) == 0
+        files.append(home / f"saved-{number}.tar")
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    return files
+
+
+def test_a_run_is_saved_while_it_goes_on_and_goes_on_from_there(tmp_path: Path) -> None:
+    said = config(train=TRAIN, server={"name": "adam"}, stop={"max_versions": 12}, track=TRACK)
+    home, calm_home = tmp_path / "saved", tmp_path / "calm"
+    make(home / "stores")
+    shutil.copytree(home / "stores", calm_home / "stores")
+    run(said, calm_home, {n: SitePort(calm_home / "stores" / n) for n in NAMES})
+    files = saved_on_the_way(said, home, 12)
+    versions = len(read_history(home / "runs" / "run").versions)
+    assert versions < 12, "saved on the way"
+    shutil.rmtree(home / "runs")
+    assert command(home, "restore", str(files[0])) == 0
+    assert len(read_history(home / "runs" / "run").versions) <= versions
+    run(said, home, {n: SitePort(home / "stores" / n, fresh=False) for n in NAMES})
+    calm, again = (read_history(h / "runs" / "run") for h in (calm_home, home))
+    assert [v["hash"] for v in again.versions.values()] == [v["hash"] for v in calm.versions.values()]
+    tickets = [c["ticket"] for v in again.versions.values() for c in v["contributions"]]
+    assert len(tickets) == len(set(tickets)) == 12 * len(NAMES)
+    starts = [r.body["epoch"] for r in Journal(home / "runs" / "run" / FILE).read(kinds=["run_started"])]
+    assert starts == [1, 1002], "its stores may have heard of epochs that the backup knows nothing of"
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("ended")
+    make(home / "stores")
+    said = config(train=TRAIN, stop={"max_versions": 4}, track=TRACK, server={"name": "momentum"})
+    run(said, home, {n: SitePort(home / "stores" / n) for n in NAMES})
+    return home
+
+
+def test_a_backup_is_all_that_the_run_was(ended: Path, tmp_path: Path) -> None:
+    folder = ended / "runs" / "run"
+    (folder / "coordinator.pem").write_text("secret")
+    (folder / "ledger.jsonl").write_text("{}\n")
+    saved = backup(folder, tmp_path)
+    assert (saved.path, saved.version, saved.left_out) == (tmp_path / "run.tar", 4, ("coordinator.pem",))
+    back = restore(saved.path, tmp_path / "home")
+    there = {str(p.relative_to(back.path)): p for p in back.path.rglob("*") if p.is_file()}
+    before = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    assert set(before) - set(there) == {"coordinator.pem", *(n for n in before if n.startswith(f"{FILE}-"))}
+    same = [name for name in there if name != FILE and there[name].read_bytes() == before[name].read_bytes()]
+    assert len(same) == len(there) - 1
+    assert list(Journal(back.path / FILE).read())[:-1] == list(Journal(folder / FILE).read())
+    assert not list((tmp_path / "home" / "restoring").iterdir())
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["run.tar"], "nothing half-made is left"
+
+
+def test_a_damaged_backup_is_refused_in_one_line_and_nothing_is_put_in_place(
+    ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = backup(ended / "runs" / "run", tmp_path / "whole.tar").path.read_bytes()
+    damaged = [whole[:-20_000], whole[: len(whole) // 2], b"", b"no tar at all" * 999]
+    step = len(whole) // 12
+    damaged += [
+        whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(30_000, len(whole) - 12_000, step)
+    ]
+    for number, content in enumerate(damaged):
+        (file := tmp_path / f"{number}.tar").write_bytes(content)
+        assert command(tmp_path / "home", "restore", str(file)) == 1, number
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(file) in line
+        assert not list((tmp_path / "home").glob("runs/*"))
+
+
+def test_what_cannot_be_saved_or_put_back_is_said_in_one_line(
+    ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = backup(ended / "runs" / "run", tmp_path / "one.tar").path
+    for arguments, said in [
+        (("backup", "run", str(file)), "is there already"),
+        (("backup", "nope", str(file)), "no run named 'nope'"),
+        (("restore", str(tmp_path / "none.tar")), "no such backup"),
+        (("restore", str(file)), "run run is here already"),
+    ]:
+        assert command(ended, *arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+    make_empty(tmp_path / "runs" / "run")
+    with pytest.raises(RunError, match="no version yet"):
+        backup(tmp_path / "runs" / "run", tmp_path / "two.tar")
+
+
+def make_empty(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    Journal(folder / FILE, write=True).close()
+
+
+def test_a_backup_of_a_run_whose_newest_weights_are_damaged_is_made_and_says_so(
+    ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(ended / "runs" / "run", folder := tmp_path / "runs" / "run")
+    (newest,) = (folder / "versions").glob("v00004-*.safetensors")
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    with caplog.at_level("WARNING"):
+        import logging
+
+        logging.getLogger("raypipe").propagate = True
+        assert backup(folder, tmp_path / "one.tar").version == 4
+    assert "version 4 is damaged or lost" in caplog.text
+    assert json.dumps(restore(tmp_path / "one.tar", tmp_path / "home").version) == "4"
