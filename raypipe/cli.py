@@ -36,12 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _warn_in_one_line() -> None:
     """What raypipe warns of goes where its errors go, and looks like them; other libraries' warnings do not."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("raypipe: %(message)s"))
     log = logging.getLogger("raypipe")
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("raypipe: %(message)s"))
-        log.addHandler(handler)
-        log.propagate = False
+    log.handlers, log.propagate = [handler], False
 
 
 DEFAULT = Path("configs/quickstart.yaml")

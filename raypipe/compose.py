@@ -80,6 +80,7 @@ def compose(
         first = _take_up(past, machine, diary, book, model)
         machine.policy = policy_of(said)
     clock = _clock(machine.memory().now)
+    threads = None if said.local is None else 1  # on one machine the cores belong to the stores
     notary = _notary(said, place, run, board, demo=home is not None and said.local is not None, threads=threads)
     epochs = said.train.local_epochs
     if epochs is None and said.train.local_steps is None and said.pace != "paced":

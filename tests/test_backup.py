@@ -1,8 +1,7 @@
-"""A run is saved while it goes on, its home is wiped, it is put back and goes on."""
+"""A run is saved while it goes on, its home is wiped, it is put back and goes on; what is damaged is said."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -10,17 +9,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 from test_resume import last_record, make, start
 from test_shell import NAMES, SitePort, config, run
 
 from raypipe.cli import main
 from raypipe.errors import RunError
+from raypipe.replay import Replay
 from raypipe.tracking.backup import backup, restore
 from raypipe.tracking.journal import FILE, Journal
 from raypipe.tracking.lineage import read_history
 
 TRACK = {"mlflow": False, "keep_last": 3, "keep_every": 5}
+KINDS: Any = ["version_published", "version_withdrawn"]
 TRAIN = {"local_steps": 4, "batch_size": 16}
 
 
@@ -134,15 +137,65 @@ def make_empty(folder: Path) -> None:
 
 
 def test_a_backup_of_a_run_whose_newest_weights_are_damaged_is_made_and_says_so(
-    ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(ended / "runs" / "run", folder := tmp_path / "runs" / "run")
     (newest,) = (folder / "versions").glob("v00004-*.safetensors")
     newest.write_bytes(newest.read_bytes()[:-1] + b"x")
-    with caplog.at_level("WARNING"):
-        import logging
+    assert command(tmp_path, "backup", "run", str(tmp_path / "one.tar")) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "version 4 is damaged or lost: who restores this goes on from an earlier one" in line
+    assert restore(tmp_path / "one.tar", tmp_path / "home").version == 4
 
-        logging.getLogger("raypipe").propagate = True
-        assert backup(folder, tmp_path / "one.tar").version == 4
-    assert "version 4 is damaged or lost" in caplog.text
-    assert json.dumps(restore(tmp_path / "one.tar", tmp_path / "home").version) == "4"
+
+def damage(run_dir: Path, version: int) -> None:
+    (file,) = (run_dir / "versions").glob(f"v{version:05d}-*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_damaged_weights_are_said_in_one_line_and_an_earlier_version_is_used(
+    ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ended / "runs", tmp_path / "runs")
+    folder = tmp_path / "runs" / "run"
+    best = read_history(folder).best
+    assert best is not None
+    damage(folder, best)
+    cv2.imwrite(image := str(tmp_path / "image.png"), np.zeros((28, 28), np.uint8))
+
+    def said(*arguments: str) -> tuple[int, str]:
+        code = command(tmp_path, *arguments)
+        (line,) = capsys.readouterr().err.splitlines()
+        return code, line
+
+    code, line = said("predict", "run", image)
+    assert code == 0
+    assert f"version {best} are damaged" in line
+    assert "is used instead" in line
+    for asked in (("predict", f"run:{best}", image), ("promote", "run", str(best))):
+        code, line = said(*asked)
+        assert code == 1
+        assert f"the weights of version {best} are damaged" in line
+        assert "the nearest whole one is" in line
+    code, line = said("versions", "run")
+    assert code == 1
+    assert f"version {best} are damaged" in line
+    assert command(tmp_path, "versions", "run", "--quick") == 0
+
+
+def test_a_run_whose_newest_weights_are_damaged_goes_on_from_the_version_before_and_says_so(
+    ended: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(ended, home := tmp_path / "copy")
+    damage(home / "runs" / "run", 4)
+    said = config(train=TRAIN, stop={"max_versions": 4}, track=TRACK, server={"name": "momentum"})
+    made = run(said, home, {n: SitePort(home / "stores" / n, fresh=False) for n in NAMES})
+    assert "version 4 is withdrawn and will be made again: its weights were lost" in made.board.lines
+    assert made.machine.version == 4
+    records = [(r.kind, r.body["version"]) for r in Journal(home / "runs" / "run" / FILE).read(kinds=KINDS)]
+    assert records[-2:] == [("version_withdrawn", 4), ("version_published", 4)]
+    again = list(Replay(home / "runs" / "run", home / "stores").versions())
+    assert [m.version for m in again] == [0, 1, 2, 3, 4, 4]
+    assert all(m.same for m in again), "also the version that was withdrawn"

@@ -570,3 +570,39 @@ def test_a_version_whose_weights_are_lost_is_withdrawn_once(
     assert again.version == (0 if lost == {1} else 1)
     assert all(t.base <= again.version for t in again.tickets.values())
     assert of(do.Keep, back.actions) == [do.Keep(v) for v in range(1, again.version + 1)]
+
+
+def test_records_that_were_decided_and_not_written_are_written_when_it_is_back(tmp_path: Path) -> None:
+    policy = pace("wait_for_all", 2, {"max_versions": 9, "quorum": 2})
+    m, diary = machine(policy, 2), Diary(tmp_path)
+    diary.checkpoint(m.memory())
+    decided: list[do.Record] = []
+
+    def tell(event: ev.Event) -> list[do.Action]:
+        actions = m.handle(event)
+        diary.note(event, actions)
+        decided.extend(of(do.Record, actions))
+        return actions
+
+    def comes_back(told: int) -> list[do.Record]:
+        again = machine(policy, 2)
+        back = bring_back(again, diary, newest=0, told=told, intact=lambda v: True, epoch=2, grace_s=9.0)
+        assert again.told == m.told
+        return [action for action in back.actions if isinstance(action, do.Record)]
+
+    tell(ev.StoreJoined("s0", 100, 0.0))
+    trains = of(do.Train, tell(ev.StoreJoined("s1", 100, 0.0)))
+    tell(ev.Evaluated(0, "s0", {"accuracy": 0.5}, 10, 1.0))
+    tell(ev.Evaluated(0, "s1", {"accuracy": 0.7}, 10, 1.0))
+    tell(ev.TrainingFailed(trains[0].ticket, "crashed", 2.0))
+    tell(ev.StoreLeft("s1", "gone", 3.0))
+    assert [r.kind for r in decided] == ["evaluated", "ticket_failed", "store_left"]
+    for told in range(4):
+        assert comes_back(told) == decided[told:], "those after the journal's last, in their order"
+    diary.checkpoint(m.memory(), decided[1:])  # it was slow to write two of them
+    for told in (1, 2, 3):
+        assert comes_back(told) == decided[told:]
+    line = json.loads((tmp_path / "diary" / "000002.jsonl").read_text())
+    del line["owed"]
+    (tmp_path / "diary" / "000002.jsonl").write_text(json.dumps({**line, "schema": 1}) + "\n")
+    assert comes_back(0) == [], "an older raypipe did not count them: none is written twice"

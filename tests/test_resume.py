@@ -21,6 +21,7 @@ from raypipe.data.sample import load_sample
 from raypipe.data.stores import make_stores
 from raypipe.errors import RunError
 from raypipe.ledger.verify import read_saved, verify
+from raypipe.replay import Replay
 from raypipe.tracking.journal import Journal
 from raypipe.tracking.lineage import read_history
 from raypipe.tracking.versions import VersionStore
@@ -81,6 +82,13 @@ def assert_ledger_holds(home: Path, signed: int) -> None:
     assert found.counts["update"] == signed
 
 
+def check_record(home: Path) -> None:
+    """Each of the machine's records is there once, and what is there makes the same versions again."""
+    told = [r.body["told"] for r in Journal(home / "runs" / "run" / "journal.sqlite").read() if "told" in r.body]
+    assert told == list(range(1, len(told) + 1))
+    assert [m.version for m in Replay(home / "runs" / "run", home / "stores").versions() if not m.same] == []
+
+
 @pytest.mark.parametrize("server", [{"name": "sgd"}, {"name": "adam"}], ids=["sgd", "adam"])
 def test_a_run_killed_anywhere_ends_with_the_bytes_of_one_never_killed(server: dict[str, Any], tmp_path: Path) -> None:
     said = config(train=LONG, server=server, stop={"max_versions": 6}, track={"mlflow": False, "keep_last": 100})
@@ -93,6 +101,8 @@ def test_a_run_killed_anywhere_ends_with_the_bytes_of_one_never_killed(server: d
         assert_ledger_holds(tmp_path / name, signed=18)
     assert [v["hash"] for v in killed.versions.values()] == [v["hash"] for v in calm.versions.values()]
     assert list(killed.versions) == list(range(7))
+    for name in ("calm", "killed"):
+        check_record(tmp_path / name)
     weights = [VersionStore(tmp_path / name / "runs" / "run" / "versions").read(6) for name in ("calm", "killed")]
     assert all(np.array_equal(weights[0][key], weights[1][key]) for key in weights[0])
 
@@ -111,3 +121,4 @@ def test_an_asynchronous_run_killed_anywhere_counts_each_update_once(tmp_path: P
     assert len(tickets) == len(set(tickets))
     assert all(c["staleness"] >= 0 for v in history.versions.values() for c in v["contributions"])
     assert_ledger_holds(tmp_path, signed=len(tickets))
+    check_record(tmp_path)
