@@ -60,4 +60,4 @@ class Retrainer:
         learner.model.load(weights)
         asked = Admitted(ticket, plan, weights, learner, images, limits, Control())
         outcome, optimizer = learn(asked, deepcopy(kept), clock=time.monotonic)
-        return Again(learner.model.update(weights), outcome, deepcopy(optimizer.state_dict()))
+        return Again(learner.model.update(weights)[0], outcome, deepcopy(optimizer.state_dict()))
