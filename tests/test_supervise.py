@@ -10,12 +10,17 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from conftest import ROOT
 
+from raypipe.comeback import unfinished
+from raypipe.config.schema import RunConfig
+from raypipe.errors import ConfigError, RunError
 from raypipe.placement.plan import store_options
+from raypipe.tracking.journal import Journal
 
 FAKE = """#!/bin/bash
 echo "$(date +%s.%N) $*" >> "$LOG"
@@ -211,3 +216,36 @@ def test_the_systemd_units_are_as_systemd_wants_them(unit: str, tmp_path: Path) 
         [verify, "verify", str(file)], env=env, capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_only_runs_of_a_cluster_that_are_not_over_are_taken_up(tmp_path: Path) -> None:
+    config = {"name": "x", "stores": [{"id": "a"}], "stop": {"max_versions": 1}}
+    over = ("run_finished", {"reason": "1 version"})
+
+    def begun(config: dict[str, Any] = config, **where: bool) -> tuple[str, dict[str, Any]]:
+        return "run_started", {"config": config, **where}
+
+    runs: dict[str, list[tuple[Any, dict[str, Any]]]] = {
+        "old": [begun(cluster=True), ("version_published", {"version": 0})],
+        "over": [begun(cluster=True), over],
+        "alone": [begun(cluster=False)],
+        "moved": [begun(cluster=True), begun(cluster=False)],
+        "before-this": [begun()],
+        "again": [begun(cluster=True), over, begun(cluster=True)],
+        "strange": [begun({**config, "pace": "fast"}, cluster=True)],
+        "empty": [],
+    }
+    for name, records in runs.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        journal = Journal(tmp_path / "runs" / name / "journal.sqlite", write=True)
+        for kind, body in records:
+            journal.append(kind, body, 0.0)
+        journal.close()
+    (tmp_path / "runs" / "torn").mkdir()
+    (tmp_path / "runs" / "torn" / "journal.sqlite").write_bytes(b"no journal" * 500)
+    found = unfinished(tmp_path)
+    assert list(found) == ["again", "old", "strange", "torn"]
+    assert found["old"] == found["again"] == RunConfig.model_validate(config)
+    assert isinstance(found["strange"], ConfigError)
+    assert "is not one of this raypipe: 1 mistake" in found["strange"].message
+    assert isinstance(found["torn"], RunError)
