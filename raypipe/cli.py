@@ -87,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     predict = verb("predict", _predict, "print a label for each image")
     predict.add_argument("model", metavar="MODEL", help="models:/NAME@champion, RUN, or RUN:VERSION")
     predict.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
+    from raypipe.vault.commands import add_parsers as add_vault
+
+    add_vault(verbs)
     track = verb("track", _track, "bring MLflow up to date with a run's record")
     track.add_argument("which", metavar="RUN")
     from raypipe.doctor import commands as doctored

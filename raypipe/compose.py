@@ -5,7 +5,6 @@ With run.py and cli.py the only file that knows all rooms.
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import random
 import time
@@ -31,6 +30,7 @@ from raypipe.errors import RunError
 from raypipe.ledger import roster
 from raypipe.placement.homes import raypipe_home
 from raypipe.run import policy_of
+from raypipe.store.code import code_hash
 from raypipe.store.messages import Plan
 from raypipe.tasks import tasks
 from raypipe.tracking.book import RunBook
@@ -261,12 +261,3 @@ def _take_up(past: _Past, machine: Coordinator, diary: Diary, book: RunBook, mod
     for version in back.withdrawn:
         del past.versions[version]
     return back.actions
-
-
-def code_hash() -> str:
-    """Of this package's own source: what ran, and a guard against actors of other code."""
-    digest = hashlib.sha256()
-    here = Path(__file__).parent
-    for file in sorted(here.rglob("*.py")):
-        digest.update(str(file.relative_to(here)).encode() + file.read_bytes())
-    return digest.hexdigest()

@@ -65,6 +65,7 @@ def cluster() -> Iterator[Place]:
     os.environ["RAY_TMPDIR"] = str(folder)
     os.environ["RAYPIPE_HOME"], os.environ["RAYPIPE_STORES"] = str(folder / "home"), str(folder / "stores")
     os.environ["PATH"] = f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"  # a job's `python` comes from the head's PATH
+    os.environ["RAYPIPE_VAULTS"] = str(folder / "v")
     (folder / "ray").mkdir()
     split = {"name": "dirichlet", "alpha": 1.0}
     make_stores(folder / "stores", STORES, source=load_sample(), split=split, size_ratio=4.0, max_images=1500)

@@ -40,6 +40,7 @@ def _distinct(stores: list[Store]) -> list[Store]:
 
 
 Part: TypeAlias = Annotated[dict[str, Any], BeforeValidator(_named), BeforeValidator(_as_part)]
+Transport: TypeAlias = Literal["actor", "vault"]
 PACES: TypeAlias = Literal["paced", "wait_for_all", "k_of_n", "fedbuff", "delta_async"]
 
 
@@ -49,6 +50,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
+class AllStores(Section):
+    """What holds for each store that says nothing else."""
+
+    transport: Transport = "actor"
+
+
 class Store(Section):
     """One store: its id is the custom resource `store:<id>` of its node."""
 
@@ -56,6 +63,7 @@ class Store(Section):
     cpus: Positive = 1.0  # CPU share of the training actor; one torch thread a whole CPU
     gpus: Annotated[float, Field(ge=0)] = 0.0  # GPU share; its memory is capped to the same share
     slowdown: Annotated[float, Field(ge=1)] = 1.0  # sleeps so long after each batch that it is this much slower
+    transport: Transport | None = None  # vault: the site is another user's process beside the actor; None: as `store`
 
     @field_validator("id")
     @classmethod
@@ -163,6 +171,7 @@ class RunConfig(Section):
     model: Part = {"name": "small_cnn"}
     warm_start: str | None = None  # a .safetensors file or models:/NAME@alias
     stores: Annotated[list[Store], Field(min_length=1), AfterValidator(_distinct)]
+    store: AllStores = AllStores()
     train: Train = Train()
     pace: PACES = "paced"
     pacing: Pacing = Pacing()
@@ -185,6 +194,9 @@ class RunConfig(Section):
     def _stores_suffice(self) -> RunConfig:
         if self.evaluate.central in {store.id for store in self.stores}:
             raise ValueError(f"evaluate.central {self.evaluate.central} is a store that trains; name one that does not")
+        vaults = [s for s in self.stores if (s.transport or self.store.transport) == "vault"]
+        if slowed := [store.id for store in vaults if store.slowdown > 1]:
+            raise ValueError(f"slowdown of {', '.join(slowed)}: a vault is not slowed down from outside")
         for key in ("quorum", "cohort"):
             wanted = getattr(self.pacing, key)
             if wanted is not None and wanted > len(self.stores):

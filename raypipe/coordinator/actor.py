@@ -64,7 +64,7 @@ class Coordinator:
             for store in made.config.stores:
                 self._keep(store)
             if made.config.evaluate.central:
-                self._keep(Store(id=made.config.evaluate.central), trains=False)
+                self._keep(Store(id=made.config.evaluate.central, transport="actor"), trains=False)
             self._phase = "waiting for stores"
             if self._stop_reason:
                 await self.stop(self._stop_reason)
@@ -128,7 +128,8 @@ class Coordinator:
             raise RunError("the run has not begun yet")
         if store.id in self._keeping and not self._keeping[store.id].done():
             raise RunError(f"store {store.id} is in this run already")
-        port = StoreClient(store, self._run, made.epoch, made.code)
+        transport = store.transport or made.config.store.transport
+        port = StoreClient(store, self._run, made.epoch, made.code, transport)
         keeping = made.shell.keep(store.id, port, made.config.pacing.heartbeat_s, RETRY_S, trains=trains)
         self._keeping[store.id] = asyncio.create_task(keeping)
 

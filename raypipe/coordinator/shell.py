@@ -184,6 +184,8 @@ class Shell:
             body = {"store": store, "counts": counts, "cpus": card.cpus, "gpu": card.gpu, "node": card.node}
             body |= {"key": card.key, "limits": card.limits}
             body |= {"data_bytes": card.data_bytes.get(self._data, 0), "hash": card.data_hashes.get(self._data)}
+            if card.code:
+                body["vault_code"] = card.code
             await self._in_lane(do.Record("store_joined", body))
             if trains:
                 self.inbox.put_nowait(ev.StoreJoined(store, counts.get("train", 0), self.clock(), card.outbox))

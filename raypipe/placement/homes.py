@@ -14,3 +14,8 @@ def stores_home() -> Path:
 def raypipe_home() -> Path:
     """Where runs live on this machine: $RAYPIPE_HOME, else ~/.raypipe; always absolute."""
     return Path(os.environ.get("RAYPIPE_HOME") or Path.home() / ".raypipe").expanduser().absolute()
+
+
+def vaults_home() -> Path:
+    """Where this node keeps its stores' vaults: $RAYPIPE_VAULTS, else /var/lib/raypipe/vaults."""
+    return Path(os.environ.get("RAYPIPE_VAULTS", "/var/lib/raypipe/vaults"))

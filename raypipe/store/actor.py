@@ -12,6 +12,7 @@ good. `code` is in the name because a detached actor keeps the code of the job t
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import time
@@ -25,7 +26,7 @@ import numpy as np
 import ray
 from ray import exceptions as rex
 
-from raypipe.config.schema import Store
+from raypipe.config.schema import Store, Transport
 from raypipe.errors import StoreError, StoreSuperseded, StoreUnreachable
 from raypipe.placement.homes import stores_home
 from raypipe.placement.plan import missing, missing_advice, store_options
@@ -45,11 +46,25 @@ M = TypeVar("M", msg.Card, msg.Report, msg.Evaluation)
 class SiteActor:
     """A site behind Ray. Every answer is bytes of the store protocol, or a vector."""
 
-    def __init__(self, store: str, cpus: float, gpus: float, slowdown: float, orphan_s: float = ORPHAN_S) -> None:
+    def __init__(
+        self,
+        store: str,
+        cpus: float,
+        gpus: float,
+        slowdown: float,
+        orphan_s: float = ORPHAN_S,
+        transport: Transport = "actor",
+    ) -> None:
         self._store = store
-        self._make = lambda: _make_site(store, cpus, gpus, slowdown)
         self._site: Any = None
-        self._log = site_log(stores_home() / store, store)
+        if transport == "vault":  # this process has nothing of the store's, and no disk for a log
+            self._log = logging.getLogger("raypipe.proxy")
+            self._log.propagate = False
+            self._log.addHandler(logging.NullHandler())
+            self._make: Callable[[], Any] = lambda: _make_proxy(store)
+        else:
+            self._log = site_log(stores_home() / store, store)
+            self._make = lambda: _make_site(store, cpus, gpus, slowdown)
         self._heard = time.monotonic()
         Thread(target=self._end_when_orphaned, args=(orphan_s,), name="orphan", daemon=True).start()
 
@@ -98,8 +113,10 @@ class SiteActor:
 
     @ray.method(concurrency_group="control")
     def heartbeat(self) -> bool:
+        """Whether the site, wherever it is, is well."""
         self._heard = time.monotonic()
-        return True
+        ping = getattr(self._site, "ping", None)  # a vault's; a site that is here answers by being here
+        return ping is None or ping()
 
     def _end_when_orphaned(self, orphan_s: float) -> None:
         while (silent_s := time.monotonic() - self._heard) < orphan_s:
@@ -132,6 +149,14 @@ def _make_site(store: str, cpus: float, gpus: float, slowdown: float) -> Any:
     return Site(stores_home() / store, cpus=cpus, gpus=gpus, slowdown=slowdown, node=node)
 
 
+def _make_proxy(store: str) -> Any:
+    from raypipe.vault.client import VaultSite
+    from raypipe.vault.place import Place
+
+    node = ray.get_runtime_context().get_node_id()[:12]
+    return VaultSite(Place(store).socket, store, node=node)
+
+
 @ray.remote(num_cpus=0, max_retries=0)
 def _end_process(process: int) -> None:
     """On the store's node: a frozen process (SIGSTOP) hears nothing but this."""
@@ -154,8 +179,8 @@ class StoreClient:
     coordinator has the run, this side lets go of the actor and never ends it.
     """
 
-    def __init__(self, store: Store, run: str, epoch: int, code: str) -> None:
-        self.store = store
+    def __init__(self, store: Store, run: str, epoch: int, code: str, transport: Transport = "actor") -> None:
+        self.store, self._transport = store, transport
         self._run, self._epoch = run, epoch
         self._name = f"store/{run}/{store.id}/{code[:8]}"
         self._actor: Any = None
@@ -202,7 +227,8 @@ class StoreClient:
         store = self.store
         options = store_options(store.id, store.cpus, store.gpus)
         named = {"name": self._name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-        return StoreActor.options(**named, **options).remote(store.id, store.cpus, store.gpus, store.slowdown)
+        wanted = (store.id, store.cpus, store.gpus, store.slowdown)
+        return StoreActor.options(**named, **options).remote(*wanted, transport=self._transport)
 
     def _pin(self) -> Any:
         return store_options(self.store.id, 0, 0)["resources"]
@@ -266,7 +292,8 @@ class StoreClient:
                 return False, "restarted"
             try:
                 async with asyncio.timeout(heartbeat_s):
-                    await actor.heartbeat.remote()
+                    if not await actor.heartbeat.remote():
+                        return False, "its vault does not answer"
                 missed = 0
             except TimeoutError:
                 missed += 1

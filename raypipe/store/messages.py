@@ -17,6 +17,8 @@ again gives the report that waits, or is trained again from its base with its se
 In a run that keeps a ledger (protocol 3) a ticket brings proofs that its base is on the chain, and a report the
 store's signature: over the update as the plan's codecs encode it, and over the head that the proofs were under.
 
+Each side understands the protocol before its own, and does not tell an older peer what that one does not know.
+
 Every call bears the epoch of its coordinator. A store that has heard of a newer one for the same run refuses it:
 superseded. Epochs count from 1; 0 is no coordinator's, and is not refused.
 """
@@ -33,6 +35,14 @@ from pydantic import TypeAdapter, ValidationError
 from raypipe.errors import StoreError, StoreRefused, StoreSuperseded
 
 PROTOCOL = 3
+SPOKEN = (PROTOCOL - 1, PROTOCOL)  # so that stores and coordinators need not be updated on the same day
+# What PROTOCOL has brought; all of it has defaults.
+NEW = {
+    "Card": {"key", "head_size", "code"},
+    "Plan": {"update"},
+    "Ticket": {"base"},
+    "Report": {"digest", "signature", "cosignature"},
+}
 
 Part: TypeAlias = dict[str, Any]  # a part's name and its settings, as in the configuration
 Command: TypeAlias = Literal["stop", "pause", "resume"]
@@ -57,6 +67,7 @@ class Card:
     outbox: tuple[str, ...] = ()  # tickets of the run asked about that wait to be settled, the oldest first
     key: str | None = None  # the public half of the key that the store signs with, 64 hex digits
     head_size: int = 0  # of the last head of the run's ledger that it co-signed
+    code: str = ""  # of a vault: the hash of the code installed there
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +172,12 @@ class _Envelope:
     body: dict[str, Any] = field(default_factory=dict)
 
 
-def encode(message: Message) -> bytes:
-    """A message as msgpack."""
-    body = {"protocol": PROTOCOL, "kind": type(message).__name__, "body": asdict(message)}
+def encode(message: Message, protocol: int = PROTOCOL) -> bytes:
+    """A message as msgpack, as a peer of this protocol, PROTOCOL or the one before, understands it."""
+    kind = type(message).__name__
+    unknown = NEW.get(kind, set()) if protocol < PROTOCOL else set()
+    said = {name: value for name, value in asdict(message).items() if name not in unknown}
+    body = {"protocol": protocol, "kind": kind, "body": said}
     return cast(bytes, msgpack.packb(body, use_bin_type=True))
 
 
@@ -172,8 +186,8 @@ def decode(raw: bytes) -> Message:
     try:
         envelope = _Envelope(**msgpack.unpackb(raw, raw=False, strict_map_key=True))
         kind = _KINDS[envelope.kind]
-        if envelope.protocol != PROTOCOL:
-            raise StoreError(f"protocol {envelope.protocol} was spoken; this side speaks {PROTOCOL}")
+        if envelope.protocol not in SPOKEN:
+            raise StoreError(f"protocol {envelope.protocol} was spoken; this side speaks {PROTOCOL - 1} and {PROTOCOL}")
         if unknown := set(envelope.body) - {f.name for f in fields(kind)}:
             raise TypeError(f"unknown fields {sorted(unknown)}")
         return cast(Message, _adapter(kind).validate_python(envelope.body))
@@ -191,10 +205,10 @@ def expect(kind: type[M], raw: bytes) -> M:
     raise StoreError(f"a {kind.__name__} was expected, a {type(message).__name__} came")
 
 
-def refusal_error(refusal: Refusal) -> StoreError:
-    """A Refusal as an exception of this side."""
+def refusal_error(refusal: Refusal, *, named: bool = True) -> StoreError:
+    """A Refusal as an exception of this side; `named` False: for who will say whose it is."""
     kinds = {"refused": StoreRefused, "superseded": StoreSuperseded, "failed": StoreError}
-    return kinds[refusal.kind](f"store {refusal.store}: {refusal.reason}")
+    return kinds[refusal.kind](f"store {refusal.store}: {refusal.reason}" if named else refusal.reason)
 
 
 @lru_cache(maxsize=len(_KINDS))

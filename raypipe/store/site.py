@@ -195,6 +195,13 @@ class Site:
                 while len(self._early) > EARLY:
                     self._early.popitem(last=False)
 
+    def abandon(self, ticket_id: str) -> None:
+        """Nobody waits for what runs under this id: it ends within a batch and leaves nothing."""
+        with self._flags:
+            if self._current is not None and self._current[0] == ticket_id:
+                self._current[1].abandoned = True
+                self._current[1].give("stop")
+
     def refusal(self, error: BaseException, method: str, ticket_id: str = "") -> Refusal:
         """An exception as a message; what may not leave the store goes to its own log."""
         made = refusal(error, self.store, method, self._log, ticket_id)
@@ -221,6 +228,8 @@ class Site:
         after, kept = (outbox.kept(key) if plan.keep_optimizer else None) or ("", None)
         with outbox.room(4 * model.layout.update_size) as slot:
             outcome, optimizer = learn(asked, kept, clock=self._clock, slowdown=self._slowdown)
+            if asked.control.abandoned:
+                raise StoreError("the ticket was abandoned: nobody waited for it any more")
             update, finite = model.update(asked.weights, out=slot.floats)
             if not finite:
                 raise StoreError(f"the update is not finite after {outcome.steps} steps; lower lr")

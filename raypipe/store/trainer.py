@@ -37,6 +37,7 @@ class Control:
     """Flags that another thread sets while a ticket trains; looked at between batches."""
 
     def __init__(self) -> None:
+        self.abandoned = False  # nobody wants what comes of it
         self._stop = Event()
         self._go = Event()
         self._go.set()

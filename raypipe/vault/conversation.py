@@ -1,0 +1,291 @@
+"""What may be asked of a vault: the store protocol's own verbs, and nothing else.
+
+Training and evaluation are done by the main thread, one at a time; `control` is answered beside them. A connection
+that ends takes nothing with it: the same ticket asked for again joins the work that goes on. Work that nobody has
+waited for in a while is abandoned, and leaves nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from raypipe.errors import ConfigError, RaypipeError, StoreError, StoreRefused
+from raypipe.ledger.keys import digest
+from raypipe.store import messages as msg
+from raypipe.vault.frames import Channel, Cut
+from raypipe.vault.guard import Budget, Limits, check_codecs, check_plan, check_vector
+from raypipe.vault.jobs import Job, Jobs, Pool
+from raypipe.vault.memory import Inlet, Outlet
+from raypipe.vault.transfer import Incoming, Piece, pieces
+
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+Body: TypeAlias = dict[str, Any]
+
+HELLO_S = 10.0
+LOOK_S = 0.5  # between two looks whether who waits is still there
+MAX_TRANSFERS = 2  # in pieces, each way, that are kept to go on with
+
+
+@dataclass
+class Vault:
+    """What all conversations share. `site` is a raypipe.store.site.Site, `code` the hash of what is installed here."""
+
+    site: Any
+    limits: Limits
+    budget: Budget
+    code: str
+    log: logging.Logger
+    abandon_s: float = 15.0
+    pool: Pool = field(default_factory=Pool)
+    coming: OrderedDict[str, Incoming] = field(default_factory=OrderedDict)  # by announced hash
+    going: OrderedDict[str, Array] = field(default_factory=OrderedDict)  # the same, outwards
+    jobs: Jobs = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.jobs = Jobs(self.site.abandon)
+
+
+class Conversation:
+    """One connection."""
+
+    def __init__(self, vault: Vault, sock: socket.socket) -> None:
+        self.channel = Channel(sock)
+        self.heard, self.busy, self.greeted = time.monotonic(), False, False
+        self._vault, self._site = vault, vault.site
+        self._protocol = msg.PROTOCOL
+        self._inlet: Inlet | None = None
+        self._outlet: Outlet | None = None
+        self._verbs: Mapping[str, Callable[[Body], Any]] = {
+            "describe": self._describe,
+            "train": self._train,
+            "evaluate": self._evaluate,
+            "collect": self._collect,
+            "settle": self._settle,
+            "control": self._control,
+            "ping": lambda body: True,
+            "announce": self._announce,
+            "piece": self._piece,
+            "pull": self._pull,
+        }
+
+    def close(self) -> None:
+        self.channel.close()
+        for end in (self._inlet, self._outlet):
+            if end is not None:
+                end.close()
+
+    def run(self) -> None:
+        """Raises Cut when the other side is gone, StoreError when it speaks no protocol."""
+        self._greet(self.channel.receive(HELLO_S))
+        self.greeted = True
+        while True:
+            body = self.channel.receive(None)
+            self.heard, self.busy = time.monotonic(), True
+            self._answer(body)
+            self.busy = False
+
+    def _greet(self, body: Body) -> None:
+        store, speaks, problem = self._site.store, body.get("speaks"), ""
+        common = [p for p in msg.SPOKEN if isinstance(speaks, list) and p in speaks]
+        if body.get("verb") != "hello" or body.get("store") != store:
+            problem = f"this is the vault of store {store}"
+        elif not common:
+            problem = f"the vault speaks protocol {msg.SPOKEN[0]} and {msg.SPOKEN[-1]}; update the older side"
+        if problem:
+            self.channel.send({"error": problem})
+            raise StoreError(problem)
+        self._protocol = common[-1]
+        if body.get("pipe") is True:
+            self._inlet = Inlet()
+        hello = {"speaks": self._protocol, "store": store, "code": self._vault.code, "pipe": self._inlet is not None}
+        self.channel.send(hello, [self._inlet.writer] if self._inlet else [])
+
+    def _answer(self, body: Body) -> None:
+        verb = body.get("verb")
+        act = self._verbs.get(verb) if isinstance(verb, str) else None
+        if act is None:
+            raise StoreError("not a verb of the store protocol")
+        try:
+            answer = act(body)
+        except (Cut, TimeoutError):
+            raise
+        except Exception as error:  # noqa: BLE001  the shell: it must not carry private data out
+            refusal = self._site.refusal(error, verb)
+            self.channel.send({"refusal": msg.encode(refusal, self._protocol)})
+            if not isinstance(error, RaypipeError):
+                raise StoreError(f"{type(error).__name__} in {verb}") from None
+            return
+        if answer is not None:
+            self.channel.send({"answer": answer})
+
+    # -- verbs ----------------------------------------------------------------------------------------------
+
+    def _describe(self, body: Body) -> bytes:
+        card = self._site.describe(_text(body, "run"), _number(body, "epoch", 0))
+        return msg.encode(replace(card, code=self._vault.code), self._protocol)
+
+    def _train(self, body: Body) -> bytes:
+        key = (_bytes(body, "ticket"), _bytes(body, "plan"))
+        ticket, plan = msg.expect(msg.Ticket, key[0]), msg.expect(msg.Plan, key[1])
+        if ticket.epoch < 1:
+            raise StoreRefused("a ticket bears its coordinator's epoch, from 1 on")
+        if (job := self._vault.jobs.joined(key)) is not None:
+            self._skip_weights(body)
+            return msg.encode(self._waited(job), self._protocol)
+        self._site.policy.admit(ticket, plan)
+        check_plan(plan, self._vault.limits)
+
+        def run(weights: Array) -> msg.Report:
+            self._vault.budget.spend(tickets=1)
+            try:
+                report: msg.Report = self._site.train(ticket, plan, weights)
+            except (StoreRefused, ConfigError):  # nothing was trained
+                self._vault.budget.spend(tickets=-1)
+                raise
+            return report
+
+        return msg.encode(self._waited(self._job(body, key, ticket.id, run)), self._protocol)
+
+    def _evaluate(self, body: Body) -> bytes:
+        plan, split, epoch = msg.expect(msg.Plan, _bytes(body, "plan")), _text(body, "split"), _number(body, "epoch", 1)
+        self._site.policy.check(plan)
+        check_plan(plan, self._vault.limits)
+
+        def run(weights: Array) -> msg.Evaluation:
+            evaluation: msg.Evaluation = self._site.evaluate(plan, weights, split, epoch)
+            return evaluation
+
+        return msg.encode(self._waited(self._job(body, None, "", run)), self._protocol)
+
+    def _collect(self, body: Body) -> Body | None:
+        ticket, run, epoch = _text(body, "ticket"), _text(body, "run"), _number(body, "epoch", 1)
+        if not run:
+            raise StoreRefused("an update is collected by its run")
+        array = self._site.collect(ticket, check_codecs(body.get("how")), run, epoch)
+        self._vault.budget.spend(upload_bytes=array.nbytes)
+        about: Body = {"num_bytes": array.nbytes, "dtype": array.dtype.str}
+        if self._inlet is None:
+            raw = array.reshape(-1).view(np.uint8).copy()
+            about["digest"] = digest(raw)
+            _keep(self._vault.going, about["digest"], raw)
+            return about
+        about["new"] = self._outlet is None or self._outlet.data.size != array.nbytes
+        if self._outlet is None or about["new"]:
+            if self._outlet is not None:
+                self._outlet.close()
+            self._outlet = Outlet(array.nbytes)
+        self._outlet.put(array)
+        self.channel.send({"answer": about}, [self._outlet.file] if about["new"] else [])
+        return None
+
+    def _settle(self, body: Body) -> bool:
+        verdict = msg.expect(msg.Verdict, _bytes(body, "verdict"))
+        if not verdict.run or verdict.epoch < 1:
+            raise StoreRefused("a verdict bears its run and its coordinator's epoch")
+        self._site.settle(verdict)
+        return True
+
+    def _control(self, body: Body) -> bool:
+        ticket, command, run = _text(body, "ticket"), _text(body, "command"), _text(body, "run")
+        if command not in ("stop", "pause", "resume"):
+            raise StoreRefused("a command is stop, pause or resume")
+        self._site.control(ticket, command, run, _number(body, "epoch", 1))
+        return True
+
+    # -- work and its weights -------------------------------------------------------------------------------
+
+    def _job(self, body: Body, key: Any, ticket: str, run: Callable[[Array], Any]) -> Job:
+        weights, end = self._weights(body)
+        return self._vault.jobs.add(key, ticket, lambda: run(weights), end)
+
+    def _waited(self, job: Job) -> Any:
+        return self._vault.jobs.wait(job, self.channel.gone, LOOK_S, self._vault.abandon_s)
+
+    def _weights(self, body: Body) -> tuple[Array, Callable[[], None]]:
+        """float32 in the vault's own memory, and what to call when they are no longer needed."""
+        if "digest" in body:
+            coming = self._vault.coming.pop(_text(body, "digest"), None)
+            if coming is None or not coming.whole():
+                raise StoreRefused("these weights did not come whole; announce them again")
+            return coming.data.view(np.float32), lambda: None
+        num_bytes = check_vector(body.get("num_bytes"), self._vault.limits)
+        if self._inlet is None:
+            raise StoreRefused("without a pipe, weights come in pieces")
+        room = self._vault.pool.take(num_bytes)
+        try:
+            self.channel.send({"go": True})
+            self._inlet.read(room, self.channel.gone)
+        except BaseException:
+            self._vault.pool.give(room)
+            raise
+        return room.view(np.float32), lambda: self._vault.pool.give(room)
+
+    def _skip_weights(self, body: Body) -> None:
+        """They are here already."""
+        if "digest" not in body:
+            self.channel.send({"go": False})
+
+    # -- in pieces ------------------------------------------------------------------------------------------
+
+    def _announce(self, body: Body) -> int:
+        """A vector is to come in pieces; how much of it is here already, in bytes."""
+        name, size = _text(body, "digest"), check_vector(body.get("num_bytes"), self._vault.limits)
+        coming = self._vault.coming.get(name)
+        if coming is None or coming.data.size != size:
+            _keep(self._vault.coming, name, Incoming(name, size))
+        return self._vault.coming[name].have
+
+    def _piece(self, body: Body) -> bool | None:
+        """Not answered but for the last one."""
+        coming = self._vault.coming.get(_text(body, "digest"))
+        if coming is None:
+            raise Cut("another vector came between")
+        try:
+            coming.take(Piece(_number(body, "at", 0), _bytes(body, "data"), _bytes(body, "check")))
+        except StoreError as error:
+            raise Cut(error.message) from None  # what else is on its way is of no use
+        return coming.whole() or None
+
+    def _pull(self, body: Body) -> None:
+        """The pieces of what was collected, from an offset on."""
+        raw = self._vault.going.get(_text(body, "digest"))
+        if raw is None:
+            raise StoreRefused("it is kept no longer; collect it again")
+        for piece in pieces(raw, _number(body, "at", 0)):
+            self.channel.send({"at": piece.at, "data": piece.data, "check": piece.check})
+
+
+def _keep(table: OrderedDict[str, Any], name: str, value: Any) -> None:
+    table[name] = value
+    table.move_to_end(name)
+    while len(table) > MAX_TRANSFERS:
+        table.popitem(last=False)
+
+
+def _text(body: Body, name: str) -> str:
+    value = body.get(name)
+    if not isinstance(value, str) or len(value) > 256:
+        raise StoreRefused(f"{name} is a text of at most 256 characters")
+    return value
+
+
+def _bytes(body: Body, name: str) -> bytes:
+    value = body.get(name)
+    if not isinstance(value, bytes):
+        raise StoreRefused(f"{name} is not a message")
+    return value
+
+
+def _number(body: Body, name: str, least: int) -> int:
+    value = body.get(name)
+    if type(value) is not int or value < least:
+        raise StoreRefused(f"{name} is a whole number from {least} on")
+    return value
