@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def test_every_config_file_loads_and_says_every_key(path: Path) -> None:
     config = load(path)
     raw = yaml.safe_load(path.read_text())
     raw["train"]["schedule"] = {"name": raw["train"]["schedule"]}
-    assert keys(raw) == keys(to_dict(config))
+    said = {key for key in keys(to_dict(config)) if not re.fullmatch(r"stores\.\d+\.transport\.", key)}  # as `store`
+    assert keys(raw) == said
     assert config.name == path.stem
 
 
