@@ -43,6 +43,7 @@ def _warn_in_one_line() -> None:
 
 
 DEFAULT = Path("configs/quickstart.yaml")
+NAMED = ("orange-juice", "lending-club", "image-sales")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,10 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--insecure", action="store_true", help="on a cluster that lets strangers run code, too")
     check = verb("check", _check, "say what would run where and what it would move; start nothing")
     configured(check)
-    data = verb("data", _data, "make private store data sets from a sample")
+    data = verb(
+        "data", _data, "make private store data sets: of a configuration, or orange-juice, lending-club, image-sales"
+    )
     configured(data)
     data.add_argument("--out", type=Path, help="default: $RAYPIPE_STORES, else ~/.raypipe/stores")
-    data.add_argument("--source", help="the full data set: its folder, or 'download'; default: bundled sample")
+    data.add_argument("--source", help="the full data set: its folder, a .deb, or 'download'; default: see the README")
     versions = verb("versions", _versions, "list a run's versions")
     versions.add_argument("which", metavar="RUN", help="a run's id, or 'last'")
     versions.add_argument("--quick", action="store_true", help="do not check that kept weights are whole")
@@ -171,7 +174,10 @@ def _data(options: argparse.Namespace, console: Console) -> int:
     from raypipe.placement.homes import stores_home
     from raypipe.run import load_run
 
-    config = load_run(options.config_option or options.config or DEFAULT, options.set)
+    path = options.config_option or options.config or DEFAULT
+    if str(path) in NAMED:  # each has a configuration that says which stores there are
+        path = Path(f"configs/{str(path).replace('-', '_')}.yaml")
+    config = load_run(path, options.set)
     made = make_demo_stores(config, options.out or stores_home(), options.source)
     console.print(describe_stores(made), highlight=False, markup=False, soft_wrap=True)
     return 0
@@ -180,12 +186,13 @@ def _data(options: argparse.Namespace, console: Console) -> int:
 def _versions(options: argparse.Namespace, console: Console) -> int:
     from raypipe.tracking.book import run_folder
     from raypipe.tracking.console import versions_table
-    from raypipe.tracking.lineage import list_versions
+    from raypipe.tracking.lineage import list_versions, metric_of, read_history
 
     folder = run_folder(options.which)
     console.print(folder.name, highlight=False)
+    history = read_history(folder)
     rows = list_versions(folder, check=not options.quick)
-    console.print(versions_table(rows))
+    console.print(versions_table(rows, metric_of(history)))
     if damaged := [str(row.version) for row in rows if row.kept and not row.whole]:
         raise RunError(f"the weights of version {', '.join(damaged)} are damaged; the others can be used")
     return 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -51,8 +51,12 @@ def compose(
     home: str | None,
     put: Callable[[np.ndarray], Any],
     must_exist: bool = False,
+    start: np.ndarray | None = None,
+    asked: Sequence[dict[str, Any]] = (),
 ) -> Composition:
     """All parts of a run, in the process that will coordinate it. `put` makes weights fetchable.
+
+    `start`: version 0's weights where they are not the usual ones; `asked`: what prelude.py asked of the stores.
 
     A run whose folder is there already is taken up where it was left. Raises RaypipeError.
     """
@@ -70,7 +74,9 @@ def compose(
     past = _past(book, board) if there else _Past()
     board.lines += [book.damage] if book.damage else []
     again = bool(past.versions)  # else it died before its first version, or is new
-    if said.warm_start and not again:
+    if start is not None and not again:
+        model.restore(start, model.state)
+    elif said.warm_start and not again:
         from raypipe.tracking.registry import load_weights
 
         model.restore(load_weights(said.warm_start, layout), model.state)
@@ -103,7 +109,9 @@ def compose(
         wall=time.time,
         notary=notary,
     )
-    shell.record("run_started", _started(said, run, layout, plan, code, past.epoch + 1, home is None))
+    started = _started(said, run, layout, plan, code, past.epoch + 1, home is None)
+    shell.record("run_started", started | ({"asked": list(asked)} if asked else {}))
+    shell.moved_before(sum(fact["bytes_up"] for fact in asked))
     for version in past.withdrawn:
         shell.record("version_withdrawn", {"version": version, "reason": "its weights were lost"})
     shell.owe(first)
@@ -144,7 +152,7 @@ def initial_model(said: RunConfig) -> GlobalModel:
     from raypipe.models.flat import initial
 
     task = tasks.build(said.task)
-    layout, vector = initial(said.model, task.num_outputs, task.channels, task.image_size, said.seed)
+    layout, vector = initial(said.model, task.num_outputs, task.channels, task.image_size, said.seed, task.columns)
     threads = None if said.local is None else 1  # on one machine the cores belong to the stores
     transform = transforms.build(said.server)
     return GlobalModel(layout, vector, transform, how=said.update, normalise=said.pacing.normalise, threads=threads)

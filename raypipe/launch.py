@@ -15,10 +15,14 @@ from typing import Any
 from raypipe.compose import compose
 from raypipe.config.load import to_dict
 from raypipe.config.schema import RunConfig
+from raypipe.data.row_stores import make_row_stores
+from raypipe.data.sales import image_sales
 from raypipe.data.sample import download_full, load_full, load_sample
 from raypipe.data.stores import StoreSummary, make_stores
+from raypipe.data.tables import TABLES
 from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.placement.homes import raypipe_home
+from raypipe.prelude import prepare
 from raypipe.run import new_run_id
 from raypipe.tracking.console import Screen
 
@@ -94,17 +98,29 @@ def _start_here(config: RunConfig) -> None:
 def make_demo_stores(config: RunConfig, out: Path, source: str | None = None) -> list[StoreSummary]:
     """Private data sets as `local:` says; quick when they are there already.
 
-    `source`: None for the bundled sample, else a folder with the full data set, or `download`.
+    `source`: None for the bundled sample, else a folder with the full data set, or `download`. Of tables: None to
+    fetch them from the Debian archive, else the package's .deb or a folder where it is unpacked.
     """
     if config.local is None:
         raise ConfigError("local: missing; it says what data sets to make")
+    ids = [store.id for store in config.stores]
+    if (sample := config.local.sample) in TABLES:
+        table = partial(TABLES[sample], None if source is None else Path(source), len(ids), config.seed)
+        return make_row_stores(out, ids, table, [sample, config.seed], data_name=config.data)
+    if sample == "image-sales":
+        local = config.local
+        ratio, most = local.size_ratio, local.max_images
+        made_of = [sample, config.seed, local.split, ratio, most]
+        images = load_sample("fashion-mnist")
+        sales = partial(image_sales, images, local.split, len(ids), config.seed, size_ratio=ratio, max_images=most)
+        return make_row_stores(out, ids, sales, made_of, data_name=config.data)
     if source is None:
         images = load_sample(config.local.sample)
     else:
         images = download_full(raypipe_home() / "data") if source == "download" else load_full(Path(source))
     return make_stores(
         out,
-        [store.id for store in config.stores],
+        ids,
         source=images,
         split=config.local.split,
         size_ratio=config.local.size_ratio,
@@ -124,7 +140,7 @@ def begin(config: RunConfig, run: str, home: str | None, mlflow: dict[str, str],
     options = {"name": f"coordinator/{run}", "namespace": NAMESPACE, **on_head()}
     options["runtime_env"] = {"env_vars": KEEP_FREED_MEMORY}
     make = partial(compose, must_exist=again)
-    return CoordinatorActor.options(**options).remote(make, to_dict(config), run, home, mlflow)
+    return CoordinatorActor.options(**options).remote(make, to_dict(config), run, home, mlflow, prepare)
 
 
 def watch(actor: Any, see: Callable[[dict[str, Any]], None], check: Callable[[], None]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from raypipe.tracking.lineage import flat_params
 from raypipe.types import Role
 from raypipe.update.codec import chain, codecs, encoded_bytes
 
-METRICS = ("accuracy", "loss")
+METRIC = "accuracy"  # unless another is said
 
 
 def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -105,10 +105,19 @@ def part_problems(said: Mapping[str, Any]) -> list[str]:
     if isinstance(codec_list, list) and len(problems) == wrong:
         problems += _chain_problems(codec_list)
     judged = said.get("evaluate")
-    metric = judged.get("metric", METRICS[0]) if isinstance(judged, Mapping) else METRICS[0]
-    if metric not in METRICS:
-        problems.append(f"evaluate.metric: no metric {metric!r}.{did_you_mean(str(metric), METRICS)}")
-    return problems
+    metric = judged.get("metric", METRIC) if isinstance(judged, Mapping) else METRIC
+    return problems + _metric_problems(said.get("task", {"name": "classification"}), metric)
+
+
+def _metric_problems(task: Any, metric: Any) -> list[str]:
+    part = {"name": task} if isinstance(task, str) else task
+    if not isinstance(part, Mapping) or not isinstance(part.get("name"), str) or _part_problems(tasks, part, "task"):
+        return []  # it has been said
+    try:
+        known = tasks.build(part).metrics
+    except ConfigError as error:
+        return [f"task: {problem}" for problem in error.problems]
+    return [] if metric in known else [f"evaluate.metric: no metric {metric!r}.{did_you_mean(str(metric), known)}"]
 
 
 def _part_problems(registry: Registry[Any], value: Any, key: str) -> list[str]:
@@ -151,9 +160,13 @@ def check(config: RunConfig) -> str:
     from raypipe.models.flat import initial
 
     task = tasks.build(config.task)
-    layout, _ = initial(config.model, task.num_outputs, task.channels, task.image_size, config.seed)
+    layout, _ = initial(config.model, task.num_outputs, task.channels, task.image_size, config.seed, task.columns)
     image_bytes, source = PHOTO_BYTES, "assumed for photos"
-    if config.local is not None:
+    if task.table is not None:
+        image_bytes = 8.0 * (len(task.table.features) + len(task.table.categories) + 1)
+        photo = sample_image_bytes("fashion-mnist") if config.local is not None else PHOTO_BYTES
+        image_bytes, source = image_bytes + (photo if task.table.image else 0), "assumed: 8 a number"
+    elif config.local is not None:
         image_bytes, source = sample_image_bytes(config.local.sample), f"{config.local.sample} as bundled"
     sizes = Sizes(
         parameters=sum(entry.size for entry in layout.entries if entry.role is Role.SHARED),

@@ -535,7 +535,7 @@ def test_versions_are_listed_from_the_journal_alone(run: Run) -> None:
         run.publish(version, judged=version != 3)
     run.versions.prune(Retention(last=1))
     rows = list_versions(run.folder)
-    assert [(r.version, r.parent, r.contributors, r.accuracy, r.kept, r.best) for r in rows] == [
+    assert [(r.version, r.parent, r.contributors, r.score, r.kept, r.best) for r in rows] == [
         (1, 0, 2, 0.01, True, False),
         (2, 1, 2, 0.02, False, False),
         (3, 2, 2, None, False, False),

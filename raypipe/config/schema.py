@@ -154,11 +154,17 @@ class Ledger(Section):
 class Local(Section):
     """Only where raypipe itself starts Ray on one machine: the private data sets to make there."""
 
-    sample: Literal["fashion-mnist"] = "fashion-mnist"
+    sample: Literal["fashion-mnist", "orange-juice", "lending-club", "image-sales"] = "fashion-mnist"
     split: Part = {"name": "dirichlet", "alpha": 0.3}
     size_ratio: Annotated[float, Field(ge=1)] = 10.0  # the largest store's images over the smallest's
     camera_shift: Annotated[float, Field(ge=0, le=1)] = 0.5
     max_images: Count | None = None
+
+
+class ClosedForm(Section):
+    """The head of version 0 by ridge regression on the model's features, from sums that each store uploads once."""
+
+    ridge: Positive = 1e-3  # penalty, in units of the features' mean square
 
 
 class RunConfig(Section):
@@ -170,6 +176,7 @@ class RunConfig(Section):
     task: Part = {"name": "classification"}
     model: Part = {"name": "small_cnn"}
     warm_start: str | None = None  # a .safetensors file or models:/NAME@alias
+    closed_form: ClosedForm | None = None  # None: the head begins as the rest of the model does
     stores: Annotated[list[Store], Field(min_length=1), AfterValidator(_distinct)]
     store: AllStores = AllStores()
     train: Train = Train()

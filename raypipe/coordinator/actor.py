@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
+from typing import Any, TypeAlias
 
 import ray
 
-from raypipe.config.schema import Store
+from raypipe.config.schema import RunConfig, Store
 from raypipe.coordinator import events as ev
+from raypipe.coordinator.asking import Answers, Question, ask
 from raypipe.coordinator.closing import conclude, unjudged
 from raypipe.coordinator.composition import Composition
 from raypipe.coordinator.loop import drive
@@ -25,7 +27,9 @@ from raypipe.store.actor import StoreClient
 from raypipe.tracking.actor import MlflowFollower
 
 RETRY_S = 5.0
+FIRST = 1  # the epoch of a run's first coordinator
 DRAIN_S = 30.0  # how long the end waits for MLflow
+Judged: TypeAlias = tuple[list[dict[str, Any]], dict[str, float]]
 
 
 class Coordinator:
@@ -38,10 +42,16 @@ class Coordinator:
         run: str,
         home: str | None,
         mlflow: dict[str, str],
+        prepare: Callable[..., Awaitable[Any]] | None = None,
     ) -> None:
-        """`mlflow`: MLFLOW_* settings, logins too, for the follower alone; no store sees them."""
+        """`mlflow`: MLFLOW_* settings, logins too, for the follower alone; no store sees them.
+
+        `prepare` asks the stores what the run lacks before its first version; see prelude.py.
+        """
         self._mlflow = mlflow
-        self._compose = lambda: compose(config, run, home=home, put=ray.put)
+        self._compose = partial(compose, run=run, home=home, put=ray.put)
+        self._prepare = None if prepare is None else partial(prepare, config, run, home, self._ask)
+        self._config = config
         self._run = run
         self._composition: Composition | None = None
         self._keeping: dict[str, asyncio.Task[None]] = {}
@@ -53,7 +63,7 @@ class Coordinator:
 
     async def work(self) -> dict[str, Any]:
         """The whole run; its summary. Raises RunError when it cannot begin or go on."""
-        made = self._composition = await asyncio.to_thread(self._compose)
+        made = self._composition = await self._composed()
         shell = made.shell
         await asyncio.to_thread(made.begin)
         if made.config.track.mlflow:
@@ -114,6 +124,19 @@ class Coordinator:
         shell.inbox.put_nowait(ev.StoreLeft(store, "its operator took it out", shell.clock()))
         shell.ports[store].kill()
 
+    async def _composed(self) -> Composition:
+        if self._prepare is None:
+            return await asyncio.to_thread(self._compose, self._config)
+        self._phase = "asking the stores"
+        found = await self._prepare()
+        return await asyncio.to_thread(self._compose, found.config, start=found.start, asked=found.asked)
+
+    async def _ask(self, config: RunConfig, question: Question) -> Answers:
+        """Of all stores, before there is anything else; their processes stay for the run."""
+        ports = {store.id: StoreClient(store, self._run, FIRST, question.code) for store in config.stores}
+        handle = None if question.weights is None else ray.put(question.weights)
+        return await ask(ports, question, handle, join_s=config.pacing.join_s)
+
     # -- inside ---------------------------------------------------------------------------------------------
 
     async def _perform(self, action: Any) -> ev.Event | None:
@@ -168,6 +191,7 @@ class Coordinator:
         stopped, failed = bool(self._stop_reason), machine.started_at is None
         best = machine.scores.best[0] if machine.scores.best else machine.version
         table: list[dict[str, Any]] = []
+        test: dict[str, float] = {}
         judge = made.config.evaluate.test and not stopped and not failed
         if not failed:
             self._phase = "testing the best version, and each store alone"
@@ -179,10 +203,8 @@ class Coordinator:
             kwargs = {"seed": made.config.seed, "epoch": made.epoch, "first": handles[0], "best": handles[1]}
             kwargs["notary"] = made.notary
             judging = conclude(ports, made.board, made.plan, alone=made.config.evaluate.alone, test=judge, **kwargs)
-            table = await self._unless_stopped(judging) or unjudged(made.board)
+            table, test = await self._unless_stopped(judging) or (unjudged(made.board), {})
         reason = made.ending(self._stop_reason)
-        shared = [(r["shared"], r["images"]) for r in table if r["shared"] is not None]
-        test = {made.board.metric: sum(a for a, _ in shared) / len(shared)} if shared else {}
         final = {"best_version": best, "test": test, "table": table, "reason": reason}
         await asyncio.to_thread(shell.record, "final", final)
         status = "failed" if failed else "killed" if stopped else "finished"
@@ -196,8 +218,8 @@ class Coordinator:
         self._phase = "over"
         return {**self._summary, "board": made.board.snapshot()}
 
-    async def _unless_stopped(self, judging: Coroutine[Any, Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        """The table, or nothing when somebody wants the run to end now."""
+    async def _unless_stopped(self, judging: Coroutine[Any, Any, Judged]) -> Judged | None:
+        """The table and the test, or nothing when somebody wants the run to end now."""
         task, stopped = asyncio.create_task(judging), asyncio.create_task(self._stopped.wait())
         if not self._stop_reason:
             await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -205,7 +227,7 @@ class Coordinator:
         if task.done():
             return task.result()
         task.cancel()
-        return []
+        return None
 
     async def _drain(self) -> dict[str, Any]:
         """Give MLflow a while; what it lacks is in the journal and follows later."""

@@ -130,6 +130,7 @@ class Board:
         ]
         return {
             "version": self.version,
+            "metric": self.metric,
             "score": self.score,
             "best": self.best,
             "elapsed_s": self.elapsed_s,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from raypipe.coordinator.board import Board
@@ -28,18 +30,19 @@ async def conclude(
     alone: bool,
     test: bool,
     notary: Notary | None = None,
-) -> list[dict[str, Any]]:
-    """A row a store: its numbers from the record, the shared model's and its own model's score on the test split.
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """A row a store: its numbers from the record, the shared model's and its own model's score on the test split; and
+    the shared model's metrics on all stores' test images together, the run's own metric first.
 
     The model trained alone starts from version 0 and takes as many steps as the store's share of the run took; it
     never leaves the store. What a store cannot answer in time stays None.
     """
     raw = msg.encode(plan)
 
-    async def shared(store: str) -> float | None:
-        return _score(await ports[store].evaluate(raw, best, "test"), board.metric)
+    async def shared(store: str) -> msg.Evaluation:
+        return await ports[store].evaluate(raw, best, "test")
 
-    async def own(store: str, steps: int) -> float | None:
+    async def own(store: str, steps: int) -> msg.Evaluation | None:
         ticket = msg.Ticket(
             id=f"alone.{store}",
             store=store,
@@ -54,14 +57,20 @@ async def conclude(
         report = await ports[store].train(ticket, raw, first)
         if notary is not None:
             notary.heard(store, report)
-        return _score(report.evaluation, board.metric)
+        return report.evaluation
 
     rows = {row["store"]: row for row in unjudged(board)}
     there = [s for s, row in rows.items() if row["state"] in ("ready", "training") and s in ports]
-    shared_scores = await _all({s: shared(s) for s in there if test})
+    judged = await _all({s: shared(s) for s in there if test})
     able = [s for s in there if test and alone and rows[s]["steps"] and rows[s]["seconds"] < PATIENCE_S]
-    own_scores = await _all({s: own(s, rows[s]["steps"]) for s in able})
-    return [{**row, "shared": shared_scores.get(s), "alone": own_scores.get(s)} for s, row in rows.items()]
+    alone_judged = await _all({s: own(s, rows[s]["steps"]) for s in able})
+
+    def score(evaluation: msg.Evaluation | None) -> float | None:
+        return _metrics([evaluation]).get(board.metric)
+
+    table = [{**r, "shared": score(judged.get(s)), "alone": score(alone_judged.get(s))} for s, r in rows.items()]
+    pooled = _metrics(judged.values())
+    return table, dict(sorted(pooled.items(), key=lambda pair: (pair[0] != board.metric, pair[0])))
 
 
 def unjudged(board: Board) -> list[dict[str, Any]]:
@@ -70,14 +79,14 @@ def unjudged(board: Board) -> list[dict[str, Any]]:
     return [{**row, "shared": None, "alone": None} for row in rows]
 
 
-async def _all(asked: dict[str, Any]) -> dict[str, float | None]:
+async def _all(asked: dict[str, Any]) -> dict[str, msg.Evaluation | None]:
     """Each answer or None; a store's error or silence is its own."""
     tasks = {store: asyncio.ensure_future(answer) for store, answer in asked.items()}
     if tasks:
         _, late = await asyncio.wait(tasks.values(), timeout=PATIENCE_S)
         for task in late:
             task.cancel()
-    answers: dict[str, float | None] = {}
+    answers: dict[str, msg.Evaluation | None] = {}
     for store, task in tasks.items():
         if task.done() and not task.cancelled():
             error = task.exception()
@@ -87,7 +96,10 @@ async def _all(asked: dict[str, Any]) -> dict[str, float | None]:
     return answers
 
 
-def _score(evaluation: msg.Evaluation | None, metric: str) -> float | None:
-    if evaluation is None or not evaluation.num_examples:
-        return None
-    return metrics(evaluation.sums, evaluation.num_examples).get(metric)
+def _metrics(evaluations: Iterable[msg.Evaluation | None]) -> dict[str, float]:
+    """Of all their images together: their sums add up."""
+    there = [evaluation for evaluation in evaluations if evaluation is not None]
+    sums: Counter[str] = Counter()
+    for evaluation in there:
+        sums.update(evaluation.sums)
+    return metrics(sums, sum(evaluation.num_examples for evaluation in there))

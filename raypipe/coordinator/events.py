@@ -124,7 +124,7 @@ class Withdrawn:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """A store's (or the central evaluator's) judgement of a version: the metric and over how many images."""
+    """A store's (or the central evaluator's) judgement of a version: means per image, see tasks/metrics.py."""
 
     version: int
     store: str

@@ -26,6 +26,7 @@ from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.policy import Policy
 from raypipe.coordinator.state import Member, Memory, Phase, Scores, Ticket
+from raypipe.tasks.metrics import derived
 
 CLOSING_S = 30.0  # for the last judgement, before the run finishes without it
 STOPPED_S = 5.0  # the same when somebody wants the run to end now
@@ -538,7 +539,7 @@ class Coordinator:
             return []
         rows = self.scores.judged.get(version, {})
         best = self.scores.best is not None and self.scores.best[0] == version
-        stores = {s: {**metrics, "num_examples": n} for s, (metrics, n) in sorted(rows.items())}
+        stores = {s: {**derived(mean), "num_examples": n} for s, (mean, n) in sorted(rows.items())}
         total = sum(n for _, n in rows.values())
         body = {"version": version, "split": "validation", "metrics": mean, "stores": stores, "best": best}
         return [do.Record("evaluated", {**body, "num_examples": total})]

@@ -32,7 +32,7 @@ from raypipe.errors import ConfigError, RunError, StoreError, StoreRefused, Stor
 from raypipe.ledger.follow import KINDS
 from raypipe.store import messages as msg
 from raypipe.store.seeds import ticket_seed
-from raypipe.tasks.metrics import metrics
+from raypipe.tasks.metrics import means
 from raypipe.types import Layout
 
 UNJUDGED = 64  # versions back to which a judgement may still come
@@ -299,7 +299,7 @@ class Shell:
             self._release(action.version)
 
     def _judged(self, version: int, store: str, evaluation: msg.Evaluation) -> ev.Event:
-        values = metrics(evaluation.sums, evaluation.num_examples)
+        values = means(evaluation.sums, evaluation.num_examples)
         if not values or not all(map(math.isfinite, values.values())):
             return ev.EvaluationFailed(version, store, self.clock())
         return ev.Evaluated(version, store, values, evaluation.num_examples, self.clock())
@@ -437,13 +437,17 @@ class Shell:
         if kind == "evaluated":
             self._unjudged.discard(body["version"])
 
+    def moved_before(self, num_bytes: int) -> None:
+        """So much has moved before the first version."""
+        self._bytes_total += num_bytes
+
     def begin(self) -> None:
         """Version 0: durable and fetchable."""
         self._started = self._published = now = self.wall()
         facts = {"version": 0, "parent": None, "hash": self.book.hash(self.model.vector), "at": now}
         nothing = {"elapsed_s": 0.0, "seconds": 0.0, "contributions": [], "bytes_up": 0, "bytes_down": 0}
         step = {"step_norm": 0.0, "full_weight": 0.0, "statistic_mix": 0.0}
-        self.record("version_published", {**facts, **nothing, "bytes_total": 0, **step})
+        self.record("version_published", {**facts, **nothing, "bytes_total": self._bytes_total, **step})
         self.book.write(0, self.model.vector, self.model.layout, self.model.state)
         self.book.keep(0)
         self._handles[0] = self.put(self.model.vector)

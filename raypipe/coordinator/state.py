@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from raypipe.coordinator.actions import Contribution, Publish, Train
+from raypipe.tasks.metrics import derived
 
 KEPT = 16  # versions for which each store's own word is remembered
 
@@ -86,9 +87,9 @@ class Member:
 class Scores:
     """How versions are judged: each store judges the bases that it trains on, and its newest word stands.
 
-    A version's score is the mean, weighted by validation images, of each store's newest judgement at that
-    version or before. So a slow store that skips versions still counts, and scores of neighbouring versions are
-    comparable although not every store judged each.
+    A version's score is that of all validation images together, from each store's newest judgement at that version
+    or before: judgements are means, which add up, and metrics are derived last. So a slow store that skips versions
+    still counts, and scores of neighbouring versions are comparable although not every store judged each.
     """
 
     metric: str
@@ -106,7 +107,7 @@ class Scores:
         self.judged.setdefault(version, {})[store] = (metrics, num_examples)
 
     def close(self, version: int) -> dict[str, float] | None:
-        """The version's weighted metrics, once; None when no store has judged anything yet."""
+        """The version's metrics over all stores' images, once; None when no store has judged anything yet."""
         rows = {s: (m, n) for s, (v, m, n) in self.earlier.items() if v <= version}
         for at in sorted(v for v in self.judged if v <= version):
             rows |= self.judged[at]
@@ -117,7 +118,7 @@ class Scores:
             return None
         self.closed.add(version)
         names = sorted({name for metrics, _ in rows.values() for name in metrics})
-        mean = {name: sum(m.get(name, 0.0) * n for m, n in rows.values()) / total for name in names}
+        mean = derived({name: sum(m.get(name, 0.0) * n for m, n in rows.values()) / total for name in names})
         if self.metric in mean:
             self.scored[version] = mean[self.metric]
             if self.best is None or self._better(mean[self.metric], self.best[1]):

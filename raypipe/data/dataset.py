@@ -6,9 +6,9 @@ A reader is a function `(folder, name) -> StoreData`. A user's own comes in by p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,32 @@ class ImageSplit(Protocol):
         """(n, channels, size, size), contiguous, RGB; and (n,), False where an image is broken and its row zero."""
 
 
+@runtime_checkable
+class TableSplit(Protocol):
+    """One split of a data set: rows whose columns, and images if there are any, are read when asked for."""
+
+    def __len__(self) -> int: ...
+
+    def numbers(self, name: str) -> NDArray[np.float64] | None:
+        """(N,), NaN where missing; None where there is no such column. Raises StoreRefused for text."""
+
+    def places(self, name: str, values: Sequence[str]) -> Labels | None:
+        """(N,): which of `values` each row holds, -1 for another or none; None where there is no such column."""
+
+    def images(self, chosen: Labels) -> RowImages:
+        """Those of these rows. Raises StoreRefused where there are none."""
+
+
+class RowImages(Protocol):
+    """Images without labels; `decode` as ImageSplit has it."""
+
+    def __len__(self) -> int: ...
+
+    def decode(
+        self, indices: NDArray[np.integer], *, size: int, channels: int, threads: int = 1
+    ) -> tuple[Pixels, Mask]: ...
+
+
 class StoreData(Protocol):
     """A data set at a store. Nothing here but counts and the hash may leave the store."""
 
@@ -51,8 +77,11 @@ class StoreData(Protocol):
     def classes(self) -> tuple[str, ...]:
         """Names by label."""
 
-    def split(self, name: str) -> ImageSplit:
-        """Raises StoreRefused if there is none of this name, or nothing to train on."""
+    def split(self, name: str) -> Any:
+        """An ImageSplit, or a TableSplit where the data are rows.
+
+        Raises StoreRefused if there is none of this name, or nothing to train on.
+        """
 
 
 readers: Registry[StoreData] = Registry("reader", modules=("raypipe.data.parquet",))

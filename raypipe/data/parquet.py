@@ -1,4 +1,4 @@
-"""The reader "parquet": folders of schema v1, opened by memory map, decoded when asked for."""
+"""The reader "parquet": raypipe's own schemas, opened by memory map; images are decoded when asked for."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raypipe.data.dataset import ImageSplit, Labels, Mask, Pixels, readers
+from raypipe.data.dataset import ImageSplit, Labels, Mask, Pixels, StoreData, readers
 from raypipe.data.decode import Blob, decode_images
-from raypipe.data.schema import SPLITS, OpenSplit, open_split
+from raypipe.data.schema import SPLITS, OpenSplit, open_split, schema_of
 from raypipe.errors import ConfigError, StoreRefused, did_you_mean
 
 HELD_BYTES = 256 << 20  # of undecoded images in memory, for each split; more is read again from the map
@@ -95,8 +95,15 @@ class ParquetData:
 
 
 @readers("parquet")
-def parquet(folder: Path, name: str) -> ParquetData:
-    """raypipe's own format. Raises ConfigError if there is no train.parquet or a file is not as schema v1 says."""
+def parquet(folder: Path, name: str) -> StoreData:
+    """raypipe's own format: labelled images, or rows of a table, as train.parquet says of itself.
+
+    Raises ConfigError if there is none or a file is not as its schema says.
+    """
+    if schema_of(folder / "train.parquet").startswith("rows/"):
+        from raypipe.data.rows import open_rows
+
+        return open_rows(folder, name)
     opened = {
         split: open_split(folder / f"{split}.parquet", name=name, split=split)
         for split in SPLITS

@@ -106,6 +106,15 @@ def open_split(path: Path, *, name: str, split: str) -> OpenSplit:
         raise ConfigError(f"{where} lacks {error.args[0]} in its metadata; write it with schema {SCHEMA}") from None
 
 
+def schema_of(path: Path) -> str:
+    """What a file says it holds, e.g. "classification/1"; empty where it says nothing or cannot be read."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            return _metadata(pq.ParquetFile(source)).get("raypipe.schema", "")
+    except (OSError, pa.ArrowException, ValueError):  # whoever opens it says what is wrong
+        return ""
+
+
 def content_hash(images: Iterable[bytes], labels: NDArray[np.integer]) -> str:
     """Equal for equal images and labels in equal order, whatever file they lie in."""
     digest = hashlib.sha256()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ POLICY = """\
 {store}
 # Data sets by name. A folder is relative to this file, or absolute.
 {data}
-tasks: [classification]
+tasks: {tasks}
 models: all  # or a list of model names
 max_examples: 1000000  # images per ticket
 max_seconds: 3600  # per ticket
@@ -92,8 +92,8 @@ def make_stores(
     recipe = json.loads(json.dumps(recipe))  # as it will be read back
     mix = splits.build(split)(source.classes, len(store_ids), rng_for(seed, "mix"))
     try:
-        with _only_one(out):
-            wanting = [s for s in store_ids if not _is_made(out / s, s, data_name, recipe)]
+        with one_at_a_time(out):
+            wanting = [s for s in store_ids if not is_made(out / s, s, data_name, recipe)]
             if wanting:
                 _make_stores(out, wanting, data_name, source, mix, recipe)
             return [_summary(out, store, data_name, made=store in wanting) for store in store_ids]
@@ -103,10 +103,12 @@ def make_stores(
 
 def describe_stores(summaries: Sequence[StoreSummary]) -> str:
     """A plain table, a line a store; one bar a class, in the order of the labels, and the two most frequent."""
-    rows: list[tuple[str, ...]] = [("store", "train", "validation", "test", "classes", "mostly")]
+    of_classes = any(store.classes for store in summaries)  # rows have none
+    rows: list[tuple[str, ...]] = [("store", *SPLITS, *(("classes", "mostly") if of_classes else ()))]
     for store in summaries:
         counts = [str(store.counts.get(name, 0)) for name in SPLITS]
-        rows.append((store.store, *counts, _bars(store.histogram), _mostly(store)))
+        shown = (_bars(store.histogram), _mostly(store)) if of_classes else ()
+        rows.append((store.store, *counts, *shown))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = {1, 2, 3}
     lines = (
@@ -116,12 +118,18 @@ def describe_stores(summaries: Sequence[StoreSummary]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _check(
-    store_ids: Sequence[str], data_name: str, size_ratio: float, camera_shift: float, max_images: int | None
-) -> None:
+def check_names(store_ids: Sequence[str], data_name: str) -> list[str]:
+    """What is wrong with these names, a line each."""
     problems = [f"{name!r} cannot name a folder" for name in (*store_ids, data_name) if not NAME.match(name)]
     if not store_ids or len(set(store_ids)) < len(store_ids):
         problems.append("store ids must be distinct, and there must be at least one")
+    return problems
+
+
+def _check(
+    store_ids: Sequence[str], data_name: str, size_ratio: float, camera_shift: float, max_images: int | None
+) -> None:
+    problems = check_names(store_ids, data_name)
     if not 1 <= size_ratio < float("inf"):
         problems.append(f"size_ratio is at least 1; found {size_ratio}")
     if not 0 <= camera_shift <= 1:
@@ -133,7 +141,7 @@ def _check(
 
 
 @contextmanager
-def _only_one(out: Path) -> Iterator[None]:
+def one_at_a_time(out: Path) -> Iterator[None]:
     """Two commands that start at once must not write the same store."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
@@ -151,7 +159,7 @@ def _make_stores(out: Path, wanting: Sequence[str], data_name: str, source: Sour
         _make(out / store, store, data_name, _seen(store, pool, mine, recipe["camera_shift"], seed), source, recipe)
 
 
-def _is_made(folder: Path, store: str, data_name: str, recipe: Any) -> bool:
+def is_made(folder: Path, store: str, data_name: str, recipe: Any) -> bool:
     """Whether the recipe's data set lies there. Raises ConfigError if another lies there that raypipe did not make."""
     place = folder / "data" / data_name
     if not place.exists():
@@ -210,6 +218,21 @@ def _seen(
 def _make(
     folder: Path, store: str, data_name: str, shares: dict[str, tuple[Images, Counts]], source: Source, recipe: Any
 ) -> None:
+    def write(partial: Path) -> None:
+        for name, ((images, labels), ids) in shares.items():
+            write_split(
+                partial / f"{name}.parquet",
+                images=encode_png(images, level=1),
+                labels=labels,
+                classes=source.classes,
+                image_ids=[f"{name}-{i:05d}" for i in ids],
+                shapes=np.tile(images.shape[:0:-1], (len(images), 1)),
+            )
+
+    place_data(folder, store, data_name, recipe, write)
+
+
+def place_data(folder: Path, store: str, data_name: str, recipe: Any, write: Callable[[Path], None]) -> None:
     """Write one store's data set beside its place and move it there, so that no half of one is ever found."""
     data = folder / "data"
     for private in (folder, data):
@@ -218,37 +241,36 @@ def _make(
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
     partial.mkdir(mode=0o700)
-    for name, ((images, labels), ids) in shares.items():
-        write_split(
-            partial / f"{name}.parquet",
-            images=encode_png(images, level=1),
-            labels=labels,
-            classes=source.classes,
-            image_ids=[f"{name}-{i:05d}" for i in ids],
-            shapes=np.tile(images.shape[:0:-1], (len(images), 1)),
-        )
+    write(partial)
     (partial / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n")
-    _allow(folder, store, data_name)
+    _allow(folder, store, data_name, _tasks(recipe))
     if place.exists():
         place.rename(old)
     partial.rename(place)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _allow(folder: Path, store: str, data_name: str) -> None:
+def _allow(folder: Path, store: str, data_name: str, tasks: list[str]) -> None:
     """Write the store's policy, or add the data set to it, unless somebody edited it: then it is theirs."""
     policy = folder / "policy.yaml"
-    made = {path.parent.name for path in (folder / "data").glob(f"[!.]*/{RECIPE}")}
+    recipes = (folder / "data").glob(f"[!.]*/{RECIPE}")
+    made = {path.parent.name: _tasks(json.loads(path.read_text())) for path in recipes}
     if policy.exists() and policy.read_text() != _policy(store, made):
         return
     new = folder / ".policy.new"
-    new.write_text(_policy(store, made | {data_name}))
+    new.write_text(_policy(store, made | {data_name: tasks}))
     new.replace(policy)
 
 
-def _policy(store: str, names: set[str]) -> str:
-    data = {name: {"folder": f"data/{name}", "reader": "parquet"} for name in sorted(names)}
+def _tasks(recipe: Any) -> list[str]:
+    """What a data set of this recipe is for."""
+    return list(recipe.get("tasks", ["classification"]))
+
+
+def _policy(store: str, made: dict[str, list[str]]) -> str:
+    data = {name: {"folder": f"data/{name}", "reader": "parquet"} for name in sorted(made)}
     return POLICY.format(
+        tasks=f"[{', '.join(sorted({task for tasks in made.values() for task in tasks}))}]",
         store=yaml.safe_dump({"store": store}).strip(),
         data=yaml.safe_dump({"data": data}, default_flow_style=None).strip(),
     )
@@ -269,7 +291,7 @@ def _summary(out: Path, store: str, data_name: str, *, made: bool) -> StoreSumma
 
 
 def _bars(histogram: Sequence[int]) -> str:
-    most = max(1, *histogram)
+    most = max([1, *histogram])
     return "".join("▁▂▃▄▅▆▇█"[-(-7 * n // most)] if n else "·" for n in histogram)
 
 

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from raypipe.registry import Registry
+from raypipe.errors import ConfigError
+from raypipe.registry import Registry, Spec
+
+MODULES = (
+    "raypipe.models.small_cnn",
+    "raypipe.models.torchvision_models",
+    "raypipe.models.tables",
+)
 
 # A part is called with (num_outputs, channels, image_size) and returns an nn.Module; naming one costs no torch.
-models: Registry[Any] = Registry("model", modules=("raypipe.models.small_cnn", "raypipe.models.torchvision_models"))
+# One that reads table columns takes their number as a fourth, and has them as the module's last argument.
+models: Registry[Any] = Registry("model", modules=MODULES)
 
-__all__ = ["models"]
+
+def build(spec: Spec, num_outputs: int, channels: int, image_size: int, columns: int = 0) -> Any:
+    """A model for what a task reads. Raises ConfigError where the model reads something else."""
+    name = spec["name"]
+    places = [p for p in inspect.signature(models.get(name)).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    if columns and len(places) < 4:
+        raise ConfigError(f"model {name} reads images only, the task's rows have columns: take two_towers or mlp")
+    if not columns and len(places) > 3:
+        raise ConfigError(f"model {name} reads table columns, and the task has none")
+    return models.build(spec, num_outputs, channels, image_size, *((columns,) if columns else ()))
+
+
+__all__ = ["build", "models"]

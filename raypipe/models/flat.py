@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from raypipe.errors import ConfigError
-from raypipe.models import models
+from raypipe.models import build
 from raypipe.models.tensors import Array, state_dict_from, vector_from
 from raypipe.registry import Spec
 from raypipe.types import Entry, Layout, Role
@@ -84,13 +84,24 @@ def flatten(module: nn.Module, layout: Layout) -> Array:
     return vector
 
 
-def initial(model: Spec, num_outputs: int, channels: int, image_size: int, seed: int) -> tuple[Layout, Array]:
+def initial(
+    model: Spec, num_outputs: int, channels: int, image_size: int, seed: int, columns: int = 0
+) -> tuple[Layout, Array]:
     """A new model's layout and its weights: equal for equal seeds, the process's own random state untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module: nn.Module = models.build(model, num_outputs, channels, image_size)
+        module: nn.Module = build(model, num_outputs, channels, image_size, columns)
     layout = layout_of(module)
     return layout, flatten(module, layout)
+
+
+def with_head(layout: Layout, vector: Array, name: str, head: Array) -> Array:
+    """A copy of the vector whose dense layer `name` is `head`, (inputs + 1, outputs), its last row the bias."""
+    places = {entry.name: entry.slice for entry in layout.entries}
+    changed = vector.copy()
+    changed[places[f"{name}.weight"]] = head[:-1].T.reshape(-1)
+    changed[places[f"{name}.bias"]] = head[-1]
+    return changed
 
 
 class FlatModel:

@@ -105,6 +105,10 @@ class SiteActor:
 
         return cast(bytes, self._answer("evaluate", run))
 
+    def measure(self, plan: bytes, weights: np.ndarray | None, what: str, epoch: int) -> np.ndarray | bytes:
+        answer = self._answer("measure", lambda site: site.measure(msg.expect(msg.Plan, plan), weights, what, epoch))
+        return cast("np.ndarray | bytes", answer)
+
     @ray.method(concurrency_group="control")
     def control(self, ticket: str, command: msg.Command, run: str, epoch: int) -> None:
         self._heard = time.monotonic()
@@ -245,6 +249,10 @@ class StoreClient:
             self._updates[ticket.id] = update
         return answer
 
+    async def measure(self, plan: bytes, weights: Any, what: str) -> np.ndarray:
+        """Sums over the training split, float64. Raises StoreError."""
+        return self._array(await self._ask("measure", plan, weights, what, self._epoch))
+
     async def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray:
         """The encoded update, read-only in shared memory. Raises StoreError."""
         answer = None
@@ -253,6 +261,9 @@ class StoreClient:
                 answer = await update
         if answer is None:
             answer = await self._ask("collect", ticket, how, self._run, self._epoch)
+        return self._array(answer)
+
+    def _array(self, answer: Any) -> np.ndarray:
         if isinstance(answer, bytes):
             self._expect(msg.Report, answer)  # a Refusal, raised
         if type(answer) is not np.ndarray:

@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raypipe.data.dataset import ImageSplit
+from raypipe.data.dataset import ImageSplit, RowImages
 from raypipe.errors import StoreRefused
 from raypipe.tasks import Task
 
 Indices: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
-Batch: TypeAlias = tuple[Tensor, Tensor]  # uint8 (n, channels, size, size), int64 (n,)
+Batch: TypeAlias = tuple[Any, Tensor]  # inputs as a task prepares them: uint8 (n, channels, size, size); int64 (n,)
 CHUNK = 4096  # images decoded at once into the cache
+
+
+class Examples(Protocol):
+    """A split of a store's data as batches, whatever one of them holds."""
+
+    @property
+    def total(self) -> int: ...
+
+    @property
+    def num(self) -> int:
+        """What batches draw from."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Kept in memory."""
+
+    @property
+    def bad(self) -> AbstractSet[int]:
+        """Those of `total` that cannot be read."""
+
+    def check(self, max_bad_share: float) -> None:
+        """Raises StoreRefused when there is nothing, or more than this share cannot be read."""
+
+    def batches(
+        self, picks: Iterable[Indices], device: torch.device, max_bad_share: float
+    ) -> Generator[Batch, None, None]:
+        """A batch for each array of indices below `num`."""
 
 
 class Images:
@@ -27,7 +55,14 @@ class Images:
     """
 
     def __init__(
-        self, split: ImageSplit, labels: Indices, task: Task, *, what: str, max_bytes: int, threads: int = 1
+        self,
+        split: ImageSplit | RowImages,
+        labels: np.ndarray,
+        task: Task,
+        *,
+        what: str,
+        max_bytes: int,
+        threads: int = 1,
     ) -> None:
         self.total = len(split)
         self.num_bytes = self.total * task.channels * task.image_size**2

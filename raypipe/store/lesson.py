@@ -9,7 +9,7 @@ import numpy as np
 from torch.optim import Optimizer
 
 from raypipe.store.attest import Base
-from raypipe.store.batches import Images
+from raypipe.store.batches import Examples
 from raypipe.store.messages import Plan, Ticket
 from raypipe.store.optimizers import optimizers
 from raypipe.store.policy import Limits
@@ -28,7 +28,7 @@ class Admitted:
     plan: Plan
     weights: Array
     learner: Learner
-    images: Images
+    images: Examples
     limits: Limits
     control: Control
     base: Base | None = None  # in a run that keeps a ledger

@@ -10,6 +10,8 @@
     max_upload_bytes: 1000000000
     max_bad_share: 0.05        # images that cannot be read; above it the store refuses to train
     coordinators: []           # public keys; with any, only what one of these has signed a ledger of is trained on
+    measures: all              # sums over all its rows that it may tell before a run: moments, gram; or a list of them
+    min_measured: 10           # rows; a sum over fewer is not told, since a sum over one is that one
 
 Messages name keys and what is asked for, never a folder: they may leave the store.
 """
@@ -70,6 +72,8 @@ class Policy(BaseModel):
     max_upload_bytes: Count | None = None
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     coordinators: tuple[PublicKey, ...] = ()
+    measures: Literal["all"] | list[str] = "all"
+    min_measured: Count = 10
 
     def limits(self) -> dict[str, float]:
         """As a Card tells them; only those that are set."""
@@ -90,6 +94,13 @@ class Policy(BaseModel):
             raise StoreRefused(f"batch_size is at least 1, found {plan.batch_size}")
         if not 0 < plan.lr <= MAX_LR:
             raise StoreRefused(f"lr is above 0 and at most {MAX_LR:g}, found {plan.lr}")
+
+    def may_measure(self, what: str, num: int) -> None:
+        """Raises StoreRefused for a sum that may not be told, or is of too few rows."""
+        if self.measures != "all" and what not in self.measures:
+            raise StoreRefused(f"the store's policy does not allow to measure {what!r}")
+        if num < self.min_measured:
+            raise StoreRefused(f"a sum over fewer than {self.min_measured} rows is not told, by the store's policy")
 
     def admit(self, ticket: Ticket, plan: Plan) -> Limits:
         """What the ticket may take. Raises StoreRefused; a limit above the policy's is cut to it, not refused."""

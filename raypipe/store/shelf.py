@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from raypipe.data.dataset import StoreData, open_data
+from raypipe.data.dataset import StoreData, TableSplit, open_data
 from raypipe.errors import StoreRefused
-from raypipe.models import models
+from raypipe.models import build
 from raypipe.models.flat import FlatModel, layout_of
-from raypipe.store.batches import Images, numbered
+from raypipe.store.batches import Examples, Images, numbered
 from raypipe.store.messages import Plan
 from raypipe.store.policy import Policy
+from raypipe.store.rows import Rows
 from raypipe.tasks import Task, tasks
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
@@ -39,7 +40,7 @@ class Shelf:
     def __init__(self, policy: Policy, device: torch.device, *, threads: int, cache_bytes: int) -> None:
         self._policy, self._device, self._threads, self._cache_bytes = policy, device, threads, cache_bytes
         self._data: dict[str, StoreData] = {}
-        self._images: dict[tuple[Any, ...], Images] = {}
+        self._images: dict[tuple[Any, ...], Examples] = {}
         self._learners: OrderedDict[str, Learner] = OrderedDict()
 
     def data(self, name: str) -> StoreData:
@@ -53,19 +54,28 @@ class Shelf:
         """Bytes of a data set on the store's disk."""
         return sum(file.stat().st_size for file in self._policy.data[name].folder.rglob("*") if file.is_file())
 
-    def images(self, plan: Plan, task: Task, split: str) -> Images:
+    def images(self, plan: Plan, task: Task, split: str) -> Examples:
         """Raises StoreRefused: no such split, an empty one, too many broken images, labels that are not the task's."""
-        key = (plan.data, split, task.channels, task.image_size, task.num_outputs, task.classes)
+        read = (task.channels, task.image_size, task.num_outputs, task.classes, task.table)
+        key = (plan.data, split, *read)
         if key not in self._images:
-            data = self.data(plan.data)
-            what = f"split {split!r} of data set {plan.data!r}"
-            opened = data.split(split)
-            labels = numbered(opened.labels, data.classes, task, what)
             room = self._cache_bytes - sum(i.num_bytes for k, i in self._images.items() if k[0] == plan.data)
-            self._images[key] = Images(opened, labels, task, what=what, max_bytes=room, threads=self._threads)
+            self._images[key] = self._examples(plan.data, task, split, max(0, room))
         images = self._images[key]
         images.check(self.max_bad_share(plan))
         return images
+
+    def _examples(self, name: str, task: Task, split: str, room: int) -> Examples:
+        """A split as the task reads it; of what is decoded so many bytes are kept."""
+        data, what = self.data(name), f"split {split!r} of data set {name!r}"
+        opened = data.split(split)
+        if (task.table is not None) != isinstance(opened, TableSplit):
+            holds, needs = ("rows of a table", "labelled images") if task.table is None else ("images", "rows")
+            raise StoreRefused(f"{what} holds {holds}, the task needs {needs}")
+        if task.table is not None:
+            return Rows(opened, task, task.table, what=what, max_bytes=room, threads=self._threads)
+        labels = numbered(opened.labels, data.classes, task, what)
+        return Images(opened, labels, task, what=what, max_bytes=room, threads=self._threads)
 
     def max_bad_share(self, plan: Plan) -> float:
         """The stricter of the plan and the policy."""
@@ -78,7 +88,7 @@ class Shelf:
         key = json.dumps([plan.task, spec], sort_keys=True)
         if key not in self._learners:
             task = tasks.build(plan.task)
-            module: nn.Module = models.build(spec, task.num_outputs, task.channels, task.image_size)
+            module: nn.Module = build(spec, task.num_outputs, task.channels, task.image_size, task.columns)
             self._learners[key] = Learner(FlatModel(module, layout_of(module), device=self._device), task)
             if len(self._learners) > MODELS:
                 self._learners.popitem(last=False)

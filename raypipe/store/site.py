@@ -29,8 +29,9 @@ import torch
 from raypipe.errors import ConfigError, StoreError, StoreRefused
 from raypipe.models import models
 from raypipe.store.attest import Attestor
-from raypipe.store.batches import Images
+from raypipe.store.batches import Examples
 from raypipe.store.lesson import Admitted, learn
+from raypipe.store.measure import What, measured_gram, measured_moments
 from raypipe.store.messages import PROTOCOL, Card, Command, Evaluation, Part, Plan, Refusal, Report, Ticket, Verdict
 from raypipe.store.outbox import Outbox, Point, open_outbox
 from raypipe.store.policy import read_policy
@@ -179,6 +180,30 @@ class Site:
             self._attestor.left("evaluation", plan.run, "", evaluation, f"a version was judged on {split}")
         return evaluation
 
+    def measure(self, plan: Plan, weights: Array | None, what: What, epoch: int = 0) -> Array:
+        """Sums over the training split, float64; see measure.py. Raises StoreRefused, StoreSuperseded."""
+        with self._work:
+            if epoch:
+                self._fenced(plan.run, epoch)
+            self.policy.check(plan)
+            if what == "moments":
+                task = tasks.build(plan.task)
+                rows = self._shelf.images(plan, task, "train")
+                self.policy.may_measure(what, rows.num)
+                return measured_moments(rows, task)
+            if what != "gram" or weights is None:
+                raise StoreRefused(f"what is to be measured is moments, or gram of a model, not {what!r}")
+            learner = self._shelf.learner(plan, weights)
+            learner.model.load(weights)
+            examples = self._shelf.images(plan, learner.task, "train")
+            self.policy.may_measure(what, examples.num)
+            with self._controlled("") as control:
+                share = self._shelf.max_bad_share(plan)
+                sums = measured_gram(learner.model, learner.task, examples, share, lambda: control.stopped)
+        if sums is None:
+            raise StoreRefused("the measuring was stopped")
+        return sums
+
     def control(self, ticket_id: str, command: Command, run: str = "", epoch: int = 0) -> None:
         """Seen within a batch; "" and "*" mean what runs now. A ticket that has not begun yet obeys as it begins.
 
@@ -250,7 +275,7 @@ class Site:
     def _report(
         self,
         ticket: Ticket,
-        images: Images,
+        images: Examples,
         outcome: Outcome,
         update_bytes: int,
         evaluation: Evaluation | None,

@@ -20,16 +20,18 @@ from torch.optim import Optimizer
 
 from raypipe.errors import StoreError, StoreRefused
 from raypipe.models.flat import FlatModel
-from raypipe.store.batches import Images, batches_per_epoch, in_order, shuffled
+from raypipe.store.batches import Examples, batches_per_epoch, in_order, shuffled
 from raypipe.store.messages import Command
 from raypipe.store.policy import Limits
 from raypipe.store.schedules import Schedule
 from raypipe.tasks import Task
+from raypipe.tasks.task import Inputs
 
 Stopped: TypeAlias = Literal["done", "budget", "control"]
 Clock: TypeAlias = Callable[[], float]
 CHECK_EVERY = 32  # steps between looks at whether the losses are finite: each look waits for a GPU
 EVALUATION_BATCH = 256  # images at most, and
+EVALUATION_ROWS = 8192  # the same of a table
 EVALUATION_PIXELS = 1 << 20  # at most so many, since activations of large images fill a memory
 
 
@@ -87,7 +89,7 @@ class Outcome:
 
 
 def train(
-    model: FlatModel, task: Task, images: Images, optimizer: Optimizer, work: Work, control: Control, clock: Clock
+    model: FlatModel, task: Task, images: Examples, optimizer: Optimizer, work: Work, control: Control, clock: Clock
 ) -> Outcome:
     """Train the model, already loaded, in place; at least one step. Raises StoreRefused."""
     limits, smallest = work.limits, _smallest_batch(model, images, work.limits.batch_size)
@@ -123,13 +125,14 @@ def _left(limits: Limits, elapsed: float) -> float | None:
 
 
 def evaluate(
-    model: FlatModel, task: Task, images: Images, control: Control, max_bad_share: float
+    model: FlatModel, task: Task, images: Examples, control: Control, max_bad_share: float
 ) -> tuple[dict[str, float], int] | None:
     """Sums by metric over the split and the number of images; None if told to stop."""
     sums: dict[str, Tensor] = {}
     num = 0
     model.eval()
-    batch_size = max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // task.image_size**2))
+    most = EVALUATION_BATCH if task.channels else EVALUATION_ROWS
+    batch_size = max(1, min(most, EVALUATION_PIXELS // task.image_size**2))
     picks = in_order(images.num, batch_size)
     with torch.inference_mode(), closing(images.batches(picks, model.device, max_bad_share)) as stream:
         for pixels, labels in stream:
@@ -138,11 +141,18 @@ def evaluate(
             if not len(labels):
                 continue
             with _autocast(model.device):
-                outputs = model.module(_prepared(task, pixels))
+                outputs = model.module(*_prepared(task, pixels))
             for name, value in task.sums(outputs.float(), labels).items():
                 sums[name] = sums[name] + value.double() if name in sums else value.double()
             num += len(labels)
-    return {name: float(value) for name, value in sums.items()}, num
+    return _named(sums), num
+
+
+def _named(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Sums by name; a vector's numbers by name and place, those that are not zero."""
+    plain = {name: float(value) for name, value in sums.items() if value.ndim == 0}
+    vectors = ((name, value.cpu().numpy()) for name, value in sums.items() if value.ndim)
+    return plain | {f"{name}/{i}": float(value[i]) for name, value in vectors for i in np.flatnonzero(value)}
 
 
 class Losses:
@@ -184,19 +194,26 @@ class Losses:
         self._new.clear()
 
 
-def _step(model: FlatModel, task: Task, optimizer: Optimizer, pixels: Tensor, labels: Tensor) -> Tensor:
+def _step(model: FlatModel, task: Task, optimizer: Optimizer, pixels: Inputs, labels: Tensor) -> Tensor:
     model.clear()
     with _autocast(model.device):
-        outputs = model.module(_prepared(task, pixels))
+        outputs = model.module(*_prepared(task, pixels))
     loss = task.loss(outputs.float(), labels)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return loss.detach()
 
 
-def _prepared(task: Task, pixels: Tensor) -> Tensor:
+def _prepared(task: Task, pixels: Inputs) -> tuple[Tensor, ...]:
+    """The module's arguments."""
     inputs = task.prepare(pixels)
-    return inputs if inputs.device.type == "cpu" else inputs.contiguous(memory_format=torch.channels_last)
+    return tuple(_laid_out(each) for each in (inputs if isinstance(inputs, tuple) else (inputs,)))
+
+
+def _laid_out(inputs: Tensor) -> Tensor:
+    if inputs.device.type == "cpu" or inputs.ndim != 4:
+        return inputs
+    return inputs.contiguous(memory_format=torch.channels_last)
 
 
 def _autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -216,7 +233,7 @@ def _set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def _smallest_batch(model: FlatModel, images: Images, batch_size: int) -> int:
+def _smallest_batch(model: FlatModel, images: Examples, batch_size: int) -> int:
     """BatchNorm cannot learn from one image: such a batch is left out, a store of one image refuses."""
     if not model.has_batch_norm:
         return 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from raypipe.registry import Registry
 from raypipe.tasks.task import Loss, Task
 
-tasks: Registry[Task] = Registry("task", modules=("raypipe.tasks.classification",))
+tasks: Registry[Task] = Registry("task", modules=("raypipe.tasks.classification", "raypipe.tasks.tabular"))
 losses: Registry[Loss] = Registry("loss", modules=("raypipe.tasks.criteria",))
 
 __all__ = ["Loss", "Task", "losses", "tasks"]

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from raypipe.errors import ConfigError
 from raypipe.tasks import Task, losses, tasks
+from raypipe.tasks.criteria import one_hot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,8 +70,9 @@ def classification(
             "accuracy": (outputs.argmax(1) == labels).sum(),
         }
 
+    num_outputs = classes if isinstance(classes, int) else len(classes)
     return Task(
-        num_outputs=classes if isinstance(classes, int) else len(classes),
+        num_outputs=num_outputs,
         channels=channels,
         image_size=image_size,
         classes=None if isinstance(classes, int) else tuple(classes),
@@ -79,4 +81,5 @@ def classification(
         loss=criterion,
         sums=sums,
         predict=lambda outputs: outputs.argmax(1),
+        one_hot=one_hot(num_outputs),
     )

@@ -1,8 +1,12 @@
-"""Losses of classification. A user's own loss is such a function in a package of the user's, by entry point."""
+"""Losses of classification, and its targets in least squares.
+
+A user's own loss is such a function in a package of the user's, by entry point.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import Field
 
@@ -10,6 +14,8 @@ from raypipe.tasks import Loss, losses
 
 if TYPE_CHECKING:
     from torch import Tensor
+else:  # settings are checked from signatures without torch
+    Tensor: TypeAlias = Any
 
 
 @losses("cross_entropy")
@@ -33,3 +39,14 @@ def focal(*, gamma: Annotated[float, Field(ge=0, le=10)] = 2.0) -> Loss:
         return ((1 - (-cross).exp()) ** gamma * cross).mean()
 
     return loss
+
+
+def one_hot(num_classes: int) -> Callable[[Tensor], Tensor]:
+    """Labels (n,) to float (n, num_classes), a 1 at the label."""
+
+    def encode(labels: Tensor) -> Tensor:
+        from torch.nn import functional
+
+        return functional.one_hot(labels, num_classes).float()
+
+    return encode

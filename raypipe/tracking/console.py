@@ -14,6 +14,7 @@ from raypipe.tracking.lineage import VersionRow
 
 PLAIN_LINES = 6  # progress lines at most where nobody watches live
 PLAIN_ROWS = 10  # stores in the table at the end there
+SHARES = ("accuracy",)  # metrics shown in percent
 SHOWN_EVENTS = 4  # of stores that left, failed, ...; the rest is in the record
 
 
@@ -80,7 +81,7 @@ class Screen:
             "updates",
             "share",
             "staleness",
-            "accuracy",
+            board["metric"] if board else "accuracy",
         ):
             table.add_column(name, justify="left" if name in ("store", "state") else "right")
         for row in (board or {"rows": []})["rows"]:
@@ -94,7 +95,7 @@ class Screen:
                 str(row["updates"]),
                 _percent(row["share"]),
                 f"{row['mean_staleness']:.1f}",
-                _percent(row["accuracy"]),
+                figure(board["metric"], row["accuracy"]) if board else "",
             )
         return table
 
@@ -103,20 +104,20 @@ def show_summary(console: Console, summary: Mapping[str, Any], next_command: str
     """The table at the end, and where to go from here."""
     table: Sequence[Mapping[str, Any]] = summary["table"]
     board = summary["board"]
+    metric = board["metric"]
     if table:
         shown = table if console.is_terminal else table[:PLAIN_ROWS]
-        console.print(_final_table(shown))
+        console.print(_final_table(shown, metric))
         if len(shown) < len(table):
             console.print(f"... and {len(table) - len(shown)} more stores, in the run's record", highlight=False)
-    lines = ["(alone, shared: accuracy on the test set; stale: mean versions behind when folded)"] if table else []
+    lines = [f"(alone, shared: {metric} on the test set; stale: mean versions behind when folded)"] if table else []
     alone = [row["alone"] for row in table if row["alone"] is not None]
     test = next(iter(summary["test"].values()), None)
     if test is not None:
-        lines.append(f"shared model on the test set: {test:.1%}" + _against(test, alone))
+        lines.append(f"shared model on the test set: {figure(metric, test)}" + _against(metric, test, alone))
     if summary["best_version"] is not None and board["best"]:
-        lines.append(
-            f"best version: v{summary['best_version']} of {summary['versions']} ({board['best'][1]:.1%} on validation)"
-        )
+        best = f"{figure(metric, board['best'][1])} on validation"
+        lines.append(f"best version: v{summary['best_version']} of {summary['versions']} ({best})")
     pooled = sum(row["data_bytes"] for row in table)
     if pooled:
         lines.append(
@@ -128,7 +129,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], next_command: str
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _final_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _final_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
     table = Table(box=None, pad_edge=False)
     names = ("store", "images", "steps/s", "updates", "steps", "share", "stale", "alone", "shared")
     for name in names:
@@ -142,22 +143,23 @@ def _final_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             str(row["steps"]),
             _percent(row["share"]),
             f"{row['mean_staleness']:.2f}",
-            _percent(row["alone"]),
-            _percent(row["shared"]),
+            figure(metric, row["alone"]),
+            figure(metric, row["shared"]),
         )
     return table
 
 
 def _headline(board: Mapping[str, Any]) -> str:
-    score = f", accuracy {board['score']:.1%}" if board["score"] is not None else ""
+    score = f", {board['metric']} {figure(board['metric'], board['score'])}" if board["score"] is not None else ""
     return f"version {board['version']}{score}, {board['updates']} updates, {megabytes(board['bytes_total'])} moved"
 
 
-def _against(test: float, alone: Sequence[float]) -> str:
+def _against(metric: str, test: float, alone: Sequence[float]) -> str:
     if not alone:
         return ""
     mean = sum(alone) / len(alone)
-    return f"; a model trained alone, mean of {len(alone)} stores: {mean:.1%} ({100 * (test - mean):+.1f} points)"
+    better = f"{100 * (test - mean):+.1f} points" if metric in SHARES else f"{test - mean:+.3f}"
+    return f"; a model trained alone, mean of {len(alone)} stores: {figure(metric, mean)} ({better})"
 
 
 def _tracked(mlflow: Mapping[str, Any] | None) -> list[str]:
@@ -170,23 +172,28 @@ def _tracked(mlflow: Mapping[str, Any] | None) -> list[str]:
     return [f"MLflow is behind ({mlflow['trouble'] or 'busy'}): nothing is lost; later run: raypipe track last"]
 
 
-def versions_table(rows: Sequence[VersionRow]) -> Table:
+def versions_table(rows: Sequence[VersionRow], metric: str = "accuracy") -> Table:
     """A row a version, newest last."""
     table = Table(box=None, pad_edge=False)
-    for name in ("version", "hash", "stores", "steps", "stale", "accuracy", "weights"):
+    for name in ("version", "hash", "stores", "steps", "stale", metric, "weights"):
         table.add_column(name, justify="left" if name in ("hash", "weights") else "right", no_wrap=True)
     for row in rows:
         stale = "-" if row.staleness_mean is None else f"{row.staleness_mean:.2f}"
         kept = "pruned" if not row.kept else "kept" if row.whole else "DAMAGED"
         marks = kept + (", promoted" if row.pinned else "") + (", best" if row.best else "")
         cells = (f"v{row.version}", row.hash[:12], str(row.contributors), str(row.steps), stale)
-        table.add_row(*cells, _percent(row.accuracy), marks)
+        table.add_row(*cells, figure(metric, row.score), marks)
     return table
 
 
 def megabytes(num_bytes: float) -> str:
     """Bytes for people: powers of ten."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def figure(metric: str, value: float | None) -> str:
+    """A metric's value for people: shares in percent."""
+    return _percent(value) if value is None or metric in SHARES else f"{value:.3f}"
 
 
 def _percent(value: float | None) -> str:

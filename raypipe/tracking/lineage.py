@@ -126,11 +126,12 @@ def version_metrics(body: VersionPublished) -> dict[str, float]:
 
 
 def evaluation_metrics(body: Evaluated) -> dict[str, float]:
-    """The metrics of an evaluation: of all stores, and each store's accuracy."""
+    """The metrics of an evaluation: of all stores, and each store's own but for the loss."""
     section = PREFIX.get(body["split"], "eval")
     found = {f"{section}/{name}": value for name, value in body["metrics"].items()}
     if section == "eval":
-        found |= {f"store/{store}/accuracy": score["accuracy"] for store, score in body["stores"].items()}
+        own = ((store, name, value) for store, row in body["stores"].items() for name, value in row.items())
+        found |= {f"store/{s}/{name}": value for s, name, value in own if name not in ("loss", "num_examples")}
     return found
 
 
@@ -191,7 +192,7 @@ class VersionRow:
     contributors: int
     steps: int
     staleness_mean: float | None
-    accuracy: float | None
+    score: float | None  # of the metric that says which version is the best
     loss: float | None
     kept: bool
     whole: bool  # of one that is kept: its weights are as they were written
@@ -208,11 +209,17 @@ def read_history(run_dir: Path) -> History:
         journal.close()
 
 
+def metric_of(history: History) -> str:
+    """The metric by which a run's versions are judged."""
+    said = history.run()["config"].get("evaluate", {})
+    return str(said.get("metric", "accuracy"))
+
+
 def list_versions(run_dir: Path, *, check: bool = False) -> list[VersionRow]:
     """All versions of a run, from its journal alone; neither MLflow nor Ray is needed. `check` reads all weights."""
     history, store = read_history(run_dir), VersionStore(run_dir / FOLDER)
     kept, pinned = set(store.kept()), store.pinned()
-    rows = []
+    rows, metric = [], metric_of(history)
     for number, body in sorted(history.versions.items()):
         metrics = history.metrics(number)
         rows.append(
@@ -224,7 +231,7 @@ def list_versions(run_dir: Path, *, check: bool = False) -> list[VersionRow]:
                 contributors=int(metrics["fed/contributors"]),
                 steps=int(metrics["fed/steps"]),
                 staleness_mean=metrics.get("fed/staleness_mean"),
-                accuracy=metrics.get("eval/accuracy"),
+                score=metrics.get(f"eval/{metric}"),
                 loss=metrics.get("eval/loss"),
                 kept=number in kept,
                 whole=number in kept and (not check or store.is_whole(number)),

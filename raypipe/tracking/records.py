@@ -61,6 +61,7 @@ class RunStarted(TypedDict):
     epoch: int
     cluster: NotRequired[bool]  # its coordinator is on a cluster's head, not on Ray started for this run alone
     machine: NotRequired[str]  # what the coordinator computes with
+    asked: NotRequired[list[dict[str, Any]]]  # of the stores, before the first version: what, of whom, bytes
 
 
 class StoreJoined(TypedDict):
@@ -155,22 +156,14 @@ class VersionWithdrawn(TypedDict):
     reason: str
 
 
-class StoreScore(TypedDict):
-    """One store's share of an evaluation."""
-
-    accuracy: float
-    loss: float
-    num_examples: int
-
-
 class Evaluated(TypedDict):
     """A version was judged; `best` says that no earlier judged one was better."""
 
     version: int
     split: str
-    metrics: dict[str, float]  # accuracy, loss
+    metrics: dict[str, float]  # of all stores' examples together; tasks/metrics.py says which
     num_examples: int
-    stores: dict[str, StoreScore]
+    stores: dict[str, dict[str, float]]  # each store's own metrics, and num_examples
     best: bool
 
 

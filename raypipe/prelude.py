@@ -1,0 +1,134 @@
+"""What a run asks its stores before the first version: sums that its task lacks, and those of a closed-form head.
+
+Both are additive, so nothing is trained and nobody's order counts; each store uploads once. What comes of them is part
+of the run's configuration (the task's `scale`, `class_weights`) and of version 0's weights: so it is in the record, a
+run that is taken up again asks nothing twice, and a run that dies meanwhile begins anew.
+
+With run.py, compose.py and cli.py one of the files that know all rooms.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from raypipe.compose import code_hash
+from raypipe.config.schema import RunConfig
+from raypipe.coordinator.asking import Answers, Question
+from raypipe.errors import RunError
+from raypipe.placement.homes import raypipe_home
+from raypipe.run import policy_of
+from raypipe.store.messages import Plan, encode
+from raypipe.tasks import tasks
+from raypipe.types import Layout
+
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+
+
+Ask: TypeAlias = Callable[[RunConfig, Question], Awaitable[Answers]]
+
+
+@dataclass(slots=True)
+class Prepared:
+    """The configuration completed, the first version's weights where they are not the usual ones, and what was done."""
+
+    config: dict[str, Any]
+    start: Array | None = None
+    asked: list[dict[str, Any]] = field(default_factory=list)
+
+
+async def prepare(config: dict[str, Any], run: str, home: str | None, ask: Ask) -> Prepared:
+    """Ask the stores what a run lacks. Raises RunError when too few answer, ConfigError for what cannot be."""
+    from raypipe.tracking.journal import FILE
+    from raypipe.tracking.lineage import read_history
+
+    folder = (Path(home) if home else raypipe_home()) / "runs" / run
+    if (folder / FILE).is_file():
+        recorded = read_history(folder).run()
+        return Prepared({**config, "task": recorded["config"]["task"]})
+    prepared = Prepared(config)
+    said = RunConfig.model_validate(config)
+    settle = tasks.build(said.task).settle
+    if settle is not None:
+        answers = await ask(said, _question(said, _plan(said, run), None, "moments"))
+        total = _sum(answers.sums)
+        prepared.config = {**config, "task": {**said.task, **settle(total.tolist())}}
+        prepared.asked.append(_fact("moments", answers))
+    if said.closed_form is not None:
+        said = RunConfig.model_validate(prepared.config)
+        await _closed_form(said, run, prepared, ask)
+    return prepared
+
+
+async def _closed_form(said: RunConfig, run: str, prepared: Prepared, ask: Ask) -> None:
+    from raypipe.aggregation.closed_form import Gram
+    from raypipe.models.flat import initial, with_head
+
+    assert said.closed_form is not None
+    task = tasks.build(said.task)
+    layout, vector = initial(said.model, task.num_outputs, task.channels, task.image_size, said.seed, task.columns)
+    if said.warm_start:
+        from raypipe.tracking.registry import load_weights
+
+        vector = load_weights(said.warm_start, layout)
+    began = time.monotonic()
+    answers = await ask(said, _question(said, _plan(said, run, layout), vector, "gram"))
+    place, width = _head(said, task)
+    total = Gram.zero(width, task.num_outputs)
+    for _, sums in sorted(answers.sums.items()):  # equal answers give equal bits
+        total = total + Gram.unpacked(sums, width, task.num_outputs)
+    head = total.solve(said.closed_form.ridge)
+    prepared.start = with_head(layout, vector, place, head)
+    fact = _fact("gram", answers) | {"examples": int(total.num_examples), "seconds": time.monotonic() - began}
+    prepared.asked.append(fact)
+
+
+def _head(said: RunConfig, task: Any) -> tuple[str, int]:
+    from raypipe.models import build
+    from raypipe.models.heads import head_of
+
+    spec = {key: value for key, value in said.model.items() if key != "pretrained"}
+    module = build(spec, task.num_outputs, task.channels, task.image_size, task.columns)
+    name, head = head_of(module, task.num_outputs)
+    return name, head.in_features
+
+
+def _sum(sums: Mapping[str, Array]) -> Array:
+    """In the order of the stores' names, so that equal answers give equal bits."""
+    shapes = {array.shape for array in sums.values()}
+    if len(shapes) != 1 or not all(np.isfinite(array).all() for array in sums.values()):
+        raise RunError("the stores' sums do not belong together: their lengths differ or they are not finite")
+    total = np.zeros(next(iter(shapes)))
+    for store in sorted(sums):
+        total += sums[store]
+    return total
+
+
+def _question(said: RunConfig, plan: Plan, weights: Array | None, what: str) -> Question:
+    return Question(encode(plan), weights, what, code_hash(), policy_of(said).quorum)
+
+
+def _plan(said: RunConfig, run: str, layout: Layout | None = None) -> Plan:
+    return Plan(
+        run=run,
+        task=said.task,
+        model=said.model,
+        data=said.data,
+        optimizer=said.train.optimizer,
+        lr=said.train.lr,
+        schedule=said.train.schedule,
+        batch_size=said.train.batch_size,
+        layout=layout.fingerprint if layout is not None else "",
+        max_bad_share=said.train.max_bad_share,
+    )
+
+
+def _fact(what: str, answers: Answers) -> dict[str, Any]:
+    """For the record: who answered, who did not and why, and what moved."""
+    num_bytes = sum(array.nbytes for array in answers.sums.values())
+    return {"what": what, "stores": sorted(answers.sums), "missing": dict(answers.missing), "bytes_up": num_bytes}

@@ -1,0 +1,72 @@
+"""Sums over a store's training split that are asked for before a run's first version; all in float64, all additive.
+
+    moments   of each column that is to be standardised: how many, sum, sum of squares; and rows by class
+    gram      for a head in closed form: see aggregation/closed_form.py
+
+They are of all rows at once, and the policy says whether they may leave the store, and of how many rows at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from raypipe.aggregation.closed_form import Gram
+from raypipe.errors import StoreRefused
+from raypipe.models.flat import FlatModel
+from raypipe.models.heads import head_of
+from raypipe.store.batches import Examples, in_order
+from raypipe.store.rows import Rows
+from raypipe.tasks import Task
+from raypipe.tasks.tabular import moments
+
+Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
+What: TypeAlias = Literal["moments", "gram"]
+BATCH = 256
+
+
+def measured_moments(rows: Examples, task: Task) -> Array:
+    """Of each feature, then of a target that is a number, three numbers each; then rows by class."""
+    if not isinstance(rows, Rows) or task.table is None:
+        raise StoreRefused("only columns of rows have moments; the task reads none")
+    columns = [rows.table[:, place] for place in range(len(task.table.features))]
+    if task.table.classes is None:
+        return np.array([number for column in [*columns, rows.targets] for number in moments(column)])
+    counts = np.bincount(rows.targets, minlength=task.num_outputs).tolist()
+    return np.array([*(number for column in columns for number in moments(column)), *counts], np.float64)
+
+
+def measured_gram(
+    model: FlatModel, task: Task, examples: Examples, max_bad_share: float, stopped: Callable[[], bool]
+) -> Array | None:
+    """Sums of the features before the head of the model as it is loaded, and of the targets; None if told to stop.
+
+    A target that is a number is taken in units of its deviation, as the task learns it.
+    """
+    if task.one_hot is None:
+        raise StoreRefused("this task has no head in closed form")
+    _, head = head_of(model.module, task.num_outputs)
+    seen: list[torch.Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    total = Gram.zero(head.in_features, task.num_outputs)
+    model.eval()
+    picks = in_order(examples.num, max(1, min(BATCH, (1 << 20) // max(1, task.image_size) ** 2)))
+    try:
+        with torch.inference_mode(), closing(examples.batches(picks, model.device, max_bad_share)) as stream:
+            for inputs, targets in stream:
+                if stopped():
+                    return None
+                if not len(targets):
+                    continue
+                seen.clear()
+                prepared = task.prepare(inputs)
+                model.module(*(prepared if isinstance(prepared, tuple) else (prepared,)))
+                features = seen[0].double().cpu().numpy()
+                total = total + Gram.of(features, task.one_hot(targets).double().cpu().numpy())
+    finally:
+        hook.remove()
+    return total.packed()
