@@ -29,7 +29,7 @@ from raypipe.coordinator.shell import Shell
 from raypipe.errors import RunError
 from raypipe.ledger import roster
 from raypipe.placement.homes import raypipe_home
-from raypipe.run import policy_of
+from raypipe.run import initial_of, policy_of
 from raypipe.store.code import code_hash
 from raypipe.store.messages import Plan
 from raypipe.tasks import tasks
@@ -149,10 +149,8 @@ def initial_model(said: RunConfig) -> GlobalModel:
     """Version 0 of a run that begins from nothing; equal for equal configurations."""
     from raypipe.aggregation.global_model import GlobalModel
     from raypipe.aggregation.transforms import transforms
-    from raypipe.models.flat import initial
 
-    task = tasks.build(said.task)
-    layout, vector = initial(said.model, task.num_outputs, task.channels, task.image_size, said.seed, task.columns)
+    layout, vector = initial_of(said, tasks.build(said.task))
     threads = None if said.local is None else 1  # on one machine the cores belong to the stores
     transform = transforms.build(said.server)
     return GlobalModel(layout, vector, transform, how=said.update, normalise=said.pacing.normalise, threads=threads)
@@ -173,6 +171,7 @@ def plan_of(said: RunConfig, run: str, layout: Layout) -> Plan:
         keep_optimizer=said.train.keep_optimizer,
         max_bad_share=said.train.max_bad_share,
         update=said.update,
+        trained=said.train.trained,
     )
 
 

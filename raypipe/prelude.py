@@ -22,7 +22,7 @@ from raypipe.config.schema import RunConfig
 from raypipe.coordinator.asking import Answers, Question
 from raypipe.errors import RunError
 from raypipe.placement.homes import raypipe_home
-from raypipe.run import policy_of
+from raypipe.run import initial_of, policy_of
 from raypipe.store.messages import Plan, encode
 from raypipe.tasks import tasks
 from raypipe.types import Layout
@@ -67,11 +67,11 @@ async def prepare(config: dict[str, Any], run: str, home: str | None, ask: Ask) 
 
 async def _closed_form(said: RunConfig, run: str, prepared: Prepared, ask: Ask) -> None:
     from raypipe.aggregation.closed_form import Gram
-    from raypipe.models.flat import initial, with_head
+    from raypipe.models.flat import with_head
 
     assert said.closed_form is not None
     task = tasks.build(said.task)
-    layout, vector = initial(said.model, task.num_outputs, task.channels, task.image_size, said.seed, task.columns)
+    layout, vector = initial_of(said, task)
     if said.warm_start:
         from raypipe.tracking.registry import load_weights
 
@@ -125,6 +125,7 @@ def _plan(said: RunConfig, run: str, layout: Layout | None = None) -> Plan:
         batch_size=said.train.batch_size,
         layout=layout.fingerprint if layout is not None else "",
         max_bad_share=said.train.max_bad_share,
+        trained=said.train.trained,
     )
 
 

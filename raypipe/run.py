@@ -22,10 +22,10 @@ from raypipe.models import models
 from raypipe.registry import Registry
 from raypipe.store.optimizers import optimizers
 from raypipe.store.schedules import schedules
-from raypipe.tasks import tasks
+from raypipe.tasks import Task, tasks
 from raypipe.tasks.metrics import lower_is_better
 from raypipe.tracking.lineage import flat_params
-from raypipe.types import Role
+from raypipe.types import Layout, Role
 from raypipe.update.codec import chain, codecs, encoded_bytes
 
 METRIC = "accuracy"  # unless another is said
@@ -150,6 +150,14 @@ def new_run_id(name: str, now: float) -> str:
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{secrets.token_hex(2)}"
 
 
+def initial_of(config: RunConfig, task: Task) -> tuple[Layout, Any]:
+    """A run's layout and the weights that it begins with, warm start and stores apart."""
+    from raypipe.models.flat import initial
+
+    shape = (task.num_outputs, task.channels, task.image_size)
+    return initial(config.model, *shape, config.seed, columns=task.columns, trained=config.train.trained)
+
+
 PHOTO_BYTES = 100_000.0  # a product photo as JPEG, where nothing better is known
 
 
@@ -157,10 +165,9 @@ def check(config: RunConfig) -> str:
     """What a run would do, without starting anything."""
     from raypipe.aggregation.transforms import server_memory, transforms
     from raypipe.data.sample import sample_image_bytes
-    from raypipe.models.flat import initial
 
     task = tasks.build(config.task)
-    layout, _ = initial(config.model, task.num_outputs, task.channels, task.image_size, config.seed, task.columns)
+    layout, _ = initial_of(config, task)
     image_bytes, source = PHOTO_BYTES, "assumed for photos"
     if task.table is not None:
         image_bytes = 8.0 * (len(task.table.features) + len(task.table.categories) + 1)
@@ -170,7 +177,8 @@ def check(config: RunConfig) -> str:
         image_bytes, source = sample_image_bytes(config.local.sample), f"{config.local.sample} as bundled"
     sizes = Sizes(
         parameters=sum(entry.size for entry in layout.entries if entry.role is Role.SHARED),
-        down_bytes=4 * layout.size,
+        down_bytes=4 * (layout.update_size if layout.splits else layout.size),
+        once_bytes=4 * (layout.size - layout.update_size) if layout.splits else 0,
         up_bytes=encoded_bytes(config.update, layout.update_size),
         server_bytes=4 * server_memory(layout, transforms.build(config.server)),
         image_bytes=image_bytes,

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Self
 
+WORTH_BYTES = 1 << 16  # sent apart from this size on
 ALIGN = 16  # floats: 64 bytes, a cache line and a vector register
 
 
@@ -93,6 +94,11 @@ class Layout:
         """Floats of an update: the shared entries (as delta), then the statistics (as values)."""
         sent = (Role.SHARED, Role.STATISTIC)
         return next((e.offset for e in self.entries if e.role not in sent), self.size)
+
+    @property
+    def splits(self) -> bool:
+        """Whether what no training changes is worth sending apart, and once: frozen weights, not a few counters."""
+        return 4 * (self.size - self.update_size) >= WORTH_BYTES
 
     @property
     def fingerprint(self) -> str:

@@ -84,6 +84,7 @@ class Train(Section):
     local_steps: Count | None = None
     keep_optimizer: bool = False  # the optimizer's state stays at the store from ticket to ticket
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # unreadable images above this: the store refuses
+    trained: Literal["all", "head"] | Annotated[list[str], Field(min_length=1)] = "all"  # patterns of tensors' names
 
 
 class Pacing(Section):

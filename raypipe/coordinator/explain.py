@@ -19,6 +19,7 @@ class Sizes:
     server_bytes: int
     image_bytes: float
     image_source: str  # where image_bytes is from
+    once_bytes: int = 0  # of frozen weights, once to a store
 
 
 def expected_versions(policy: Policy) -> int:
@@ -54,6 +55,8 @@ def explain(stores: Sequence[tuple[str, float, float]], policy: Policy, sizes: S
         f"coordinator: {sizes.server_bytes / 1e6:.1f} MB for weights, server state and the open sum, for any number of "
         "stores",
     ]
+    if sizes.once_bytes:
+        lines.append(f"frozen weights: {sizes.once_bytes / 1e6:.2f} MB down, once to a store")
     each = n * (sizes.down_bytes + sizes.up_bytes)
     lines.append(
         f"moves: at most {each / 1e6:.1f} MB a version"

@@ -129,6 +129,8 @@ class Shell:
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
         self._bytes_down = self._bytes_total = 0
+        self._still: Handle = None  # of frozen weights, made at the first version
+        self._has_still: set[str] = set()  # stores that were given them
         self._started = self._published = wall()
 
     async def perform(self, action: do.Action) -> ev.Event | None:
@@ -180,6 +182,7 @@ class Shell:
                 tries = min(tries + 1, 16)
                 continue
             said, tries = "", 0
+            self._has_still.discard(store)  # it may be another process
             counts = card.data.get(self._data, {})
             body = {"store": store, "counts": counts, "cpus": card.cpus, "gpu": card.gpu, "node": card.node}
             body |= {"key": card.key, "limits": card.limits}
@@ -311,14 +314,27 @@ class Shell:
                 vector = await asyncio.to_thread(self.book.read, version, self.model.layout)
             except (ConfigError, RunError) as error:
                 raise StoreError(error.message) from None
-            self._handles[version] = self.put(vector)
+            self._handles[version] = self._fetchable(vector)
         return self._handles[version]
 
+    def _fetchable(self, vector: np.ndarray) -> Handle:
+        """A version for the stores; frozen weights are the first version's own, fetchable once for all."""
+        layout = self.model.layout
+        if not layout.splits:
+            return self.put(vector)
+        if self._still is None:
+            self._still = self.put(vector[layout.update_size :].copy())
+        return msg.Parts(self.put(vector[: layout.update_size]), self._still)
+
     def _count_down(self, version: int, store: str) -> None:
-        if (version, store) not in self._sent:
-            self._sent.add((version, store))
-            self._bytes_down += self.model.vector.nbytes
-            self._bytes_total += self.model.vector.nbytes
+        if (version, store) in self._sent:
+            return
+        self._sent.add((version, store))
+        layout = self.model.layout
+        num_bytes = 4 * (layout.update_size if layout.splits and store in self._has_still else layout.size)
+        self._has_still.add(store)
+        self._bytes_down += num_bytes
+        self._bytes_total += num_bytes
 
     def _release(self, version: int) -> None:
         """The weights leave the object store when the last ticket on them ended and a newer version is there."""
@@ -389,7 +405,7 @@ class Shell:
         """Step, then hash and hand out side by side; the record is the last word."""
         norm = self.model.step(action.full_weight, action.statistic_mix)
         vector = self.model.vector
-        fetchable = self._beside.submit(self.put, vector)
+        fetchable = self._beside.submit(self._fetchable, vector)
         state = self.model.state
         written = self._disk.submit(self._patiently, self.book.write, action.version, vector, self.model.layout, state)
         digest = self.book.hash(vector)
@@ -450,13 +466,13 @@ class Shell:
         self.record("version_published", {**facts, **nothing, "bytes_total": self._bytes_total, **step})
         self.book.write(0, self.model.vector, self.model.layout, self.model.state)
         self.book.keep(0)
-        self._handles[0] = self.put(self.model.vector)
+        self._handles[0] = self._fetchable(self.model.vector)
 
     def resume(self, last: Mapping[str, Any]) -> None:
         """The newest version, by its record, fetchable again."""
         self._started, self._published = self.wall() - last["elapsed_s"], self.wall()
         self._bytes_total = last["bytes_total"]
-        self._handles[last["version"]] = self.put(self.model.vector)
+        self._handles[last["version"]] = self._fetchable(self.model.vector)
 
     def owe(self, actions: Sequence[do.Action]) -> None:
         """Records that were decided: until they are written, a checkpoint holds them."""

@@ -5,8 +5,8 @@ No public data set has both, so the sales are made up, in a way that needs both 
     log_units = what the kind of product sells (seen in the image) - price effect + promotion + what this item sells
                 (seen in last week's sales alone) + chance
 
-Prices are the store's own level times the item's; last week's figure is missing for one item in ten, and the column
-`promotion` for all items of every third store. Call results on it what they are: of a synthesis.
+Prices are the store's own level times the item's; two items in five are new and have no last week, and every third
+store has no figures of promotion. Call results on it what they are: of a synthesis.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from raypipe.data.split import balanced, share, sizes, splits
 from raypipe.data.tables import TableSource
 from raypipe.registry import Spec
 
-KIND = 0.8  # deviation of log units between kinds of product
-ITEM = 0.6  # ... between items of a kind
+KIND = 1.2  # deviation of log units between kinds of product
+ITEM = 0.4  # ... between items of a kind
 CHANCE = 0.3  # ... from week to week
+PRICES = 0.25  # deviation of log price between items
 ELASTICITY = 1.2  # log units lost for each unit of log price
 PROMOTED, LIFT = 0.3, 0.5  # share of items, and log units gained
-UNKNOWN = 0.1  # share of items without a figure of last week
+UNKNOWN = 0.4  # share of items that are new: without a figure of last week
 
 
 def image_sales(
@@ -60,7 +61,7 @@ def _sales(kind: np.ndarray, store: int, rng: np.random.Generator) -> dict[str, 
     """Columns of one store's items, given what their kind sells."""
     num = len(kind)
     level = 1.0 + 0.2 * (store % 3)
-    log_price = np.log(level) + rng.normal(0, 0.4, num)
+    log_price = np.log(level) + rng.normal(0, PRICES, num)
     promotion = (rng.random(num) < PROMOTED).astype(np.float64)
     usual = 2.0 + kind - ELASTICITY * log_price + rng.normal(0, ITEM, num)
     last = usual + rng.normal(0, CHANCE, num)

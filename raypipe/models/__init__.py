@@ -12,6 +12,7 @@ MODULES = (
     "raypipe.models.small_cnn",
     "raypipe.models.torchvision_models",
     "raypipe.models.tables",
+    "raypipe.models.efficientnet",
 )
 
 # A part is called with (num_outputs, channels, image_size) and returns an nn.Module; naming one costs no torch.

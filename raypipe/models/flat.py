@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from raypipe.errors import ConfigError
 from raypipe.models import build
+from raypipe.models.heads import Trained, freeze
 from raypipe.models.tensors import Array, state_dict_from, vector_from
 from raypipe.registry import Spec
 from raypipe.types import Entry, Layout, Role
@@ -85,12 +86,19 @@ def flatten(module: nn.Module, layout: Layout) -> Array:
 
 
 def initial(
-    model: Spec, num_outputs: int, channels: int, image_size: int, seed: int, columns: int = 0
+    model: Spec,
+    num_outputs: int,
+    channels: int,
+    image_size: int,
+    seed: int,
+    columns: int = 0,
+    trained: Trained = "all",
 ) -> tuple[Layout, Array]:
     """A new model's layout and its weights: equal for equal seeds, the process's own random state untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module: nn.Module = build(model, num_outputs, channels, image_size, columns)
+    freeze(module, trained, num_outputs)
     layout = layout_of(module)
     return layout, flatten(module, layout)
 

@@ -38,11 +38,11 @@ def _build(name: str, num_outputs: int, norm: Norm, **settings: Any) -> Module:
         settings["norm_layer"] = group_norm
     module: Module = getattr(torchvision.models, name)(weights=None, num_classes=num_outputs, **settings)
     if norm == "frozen_batch":
-        _freeze_norms(module)
+        freeze_norms(module)
     return module
 
 
-def _freeze_norms(module: Module) -> None:
+def freeze_norms(module: Module) -> None:
     from torch.nn import BatchNorm2d
 
     for part in module.modules():
@@ -72,17 +72,22 @@ def _load_pretrained(name: str, module: Module, head: str, channels: int, fits: 
             f"{name}: pretrained weights could not be fetched ({type(error).__name__}): this machine needs internet or "
             "the file in torch's hub cache (TORCH_HOME); or set pretrained: false, or warm_start to a .safetensors file"
         ) from None
-    own = module.state_dict()
+    module.load_state_dict(fitted_tensors(module, tensors, head, channels))
+
+
+def fitted_tensors(module: Module, tensors: dict[str, Any], head: str, channels: int) -> dict[str, Any]:
+    """The module's state with these tensors, all but the head's; a grey stem sums the colours."""
+    own: dict[str, Any] = module.state_dict()
     for key, value in tensors.items():
         if key.startswith(head):
             continue
         if value.ndim == 4 and value.shape[1] == 3 and own[key].shape[1] == channels == 1:
             value = value.sum(1, keepdim=True)
         own[key] = value
-    module.load_state_dict(own)
+    return own
 
 
-def _unfit(norm: Norm, small_images: bool) -> str | None:
+def unfit(norm: Norm, small_images: bool) -> str | None:
     if norm == "group":
         return "come with BatchNorm: set norm: frozen_batch or norm: batch"
     return "are for large images: set small_images: false" if small_images else None
@@ -107,7 +112,7 @@ def _resnet(
     elif channels != 3:
         module.conv1 = _stem(module.conv1, channels)
     if pretrained:
-        _load_pretrained(name, module, "fc.", channels, _unfit(norm, small))
+        _load_pretrained(name, module, "fc.", channels, unfit(norm, small))
     return module  # type: ignore[no-any-return]
 
 
@@ -157,7 +162,7 @@ def _mobilenet(
     if small or channels != 3:
         module.features[0][0] = _stem(stem, channels, stride=1 if small else stem.stride)
     if pretrained:
-        _load_pretrained(name, module, "classifier.", channels, _unfit(norm, small))
+        _load_pretrained(name, module, "classifier.", channels, unfit(norm, small))
     return module  # type: ignore[no-any-return]
 
 

@@ -73,7 +73,13 @@ class SiteActor:
 
     @ray.method(num_returns=2)
     def train(
-        self, ticket: bytes, plan: bytes, weights: np.ndarray, how: list[msg.Part] | None, verdicts: list[bytes]
+        self,
+        ticket: bytes,
+        plan: bytes,
+        weights: np.ndarray,
+        how: list[msg.Part] | None,
+        verdicts: list[bytes],
+        still: np.ndarray | None = None,
     ) -> tuple[bytes, np.ndarray | bytes | None]:
         """The report, and where `how` is said what `collect` would give: a call less. Verdicts come first."""
         self.settle(verdicts)
@@ -81,7 +87,7 @@ class SiteActor:
 
         def run(site: Any) -> bytes:
             asked, learned = msg.expect(msg.Ticket, ticket), msg.expect(msg.Plan, plan)
-            report = msg.encode(site.train(asked, learned, weights))
+            report = msg.encode(site.train(asked, learned, weights, still))
             done.append(lambda site: site.collect(asked.id, how, learned.run, asked.epoch))
             return report
 
@@ -99,9 +105,11 @@ class SiteActor:
 
         self._answer("settle", run)
 
-    def evaluate(self, plan: bytes, weights: np.ndarray, split: str, epoch: int) -> bytes:
+    def evaluate(
+        self, plan: bytes, weights: np.ndarray, split: str, epoch: int, still: np.ndarray | None = None
+    ) -> bytes:
         def run(site: Any) -> bytes:
-            return msg.encode(site.evaluate(msg.expect(msg.Plan, plan), weights, split, epoch))
+            return msg.encode(site.evaluate(msg.expect(msg.Plan, plan), weights, split, epoch, still))
 
         return cast(bytes, self._answer("evaluate", run))
 
@@ -192,13 +200,14 @@ class StoreClient:
         self._updates: dict[str, Any] = {}  # that came with their reports: they stay at their node until collected
         self._verdicts: list[bytes] = []
         self._telling: asyncio.TimerHandle | None = None
+        self._given: Any = None  # the frozen weights that the process has
 
     async def join(self) -> msg.Card:
         """Find the actor or make it, and hear who it is; waits for as long as no node offers the store's resource.
 
         An actor that trains answers when its ticket is finished. Raises StoreError, StoreSuperseded.
         """
-        self._process = None
+        self._process = self._given = None
         self._actor = await self._found() or self._made()
         waiting = asyncio.create_task(_stay(self._actor))
         try:
@@ -243,8 +252,10 @@ class StoreClient:
         """Raises StoreError; the weights are an object reference, fetched once a node. With `how` the update comes
         with the report, for `collect` to take."""
         verdicts, self._verdicts = self._verdicts, []
-        report, update = self._call("train", msg.encode(ticket), plan, weights, how, verdicts)
+        moving, still = self._pieces(weights)
+        report, update = self._call("train", msg.encode(ticket), plan, moving, how, verdicts, still)
         answer = self._expect(msg.Report, await self._told("train", report))
+        self._gave(weights)
         if how is not None:
             self._updates[ticket.id] = update
         return answer
@@ -272,7 +283,10 @@ class StoreClient:
 
     async def evaluate(self, plan: bytes, weights: Any, split: str) -> msg.Evaluation:
         """Raises StoreError."""
-        return self._expect(msg.Evaluation, await self._ask("evaluate", plan, weights, split, self._epoch))
+        moving, still = self._pieces(weights)
+        answer = self._expect(msg.Evaluation, await self._ask("evaluate", plan, moving, split, self._epoch, still))
+        self._gave(weights)
+        return answer
 
     def settle(self, verdict: msg.Verdict) -> None:
         """Tell, with the next ticket or soon; nothing is awaited. A store that has not heard it asks when it joins."""
@@ -336,6 +350,16 @@ class StoreClient:
         except StoreSuperseded:
             self._actor = None
             raise
+
+    def _pieces(self, weights: Any) -> tuple[Any, Any]:
+        """Weights as they are sent, and frozen ones while the process has not answered to them yet."""
+        if not isinstance(weights, msg.Parts):
+            return weights, None
+        return weights.moving, None if self._given is weights.still else weights.still
+
+    def _gave(self, weights: Any) -> None:
+        if isinstance(weights, msg.Parts):
+            self._given = weights.still
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
         return await self._told(method, self._call(method, *arguments))

@@ -87,6 +87,18 @@ class Plan:
     keep_optimizer: bool = False
     max_bad_share: float = 0.01  # undecodable images above this share: the store refuses
     update: list[Part] = field(default_factory=list)  # the codecs by which updates leave, for what is signed
+    trained: str | list[str] = "all"  # "head", or patterns of tensors' names: the rest is frozen
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A version's weights in two pieces: what training changes, and the rest, which a store is given once.
+
+    Each as a store can fetch it: an object reference, or the array itself.
+    """
+
+    moving: Any
+    still: Any
 
 
 @dataclass(frozen=True, slots=True)

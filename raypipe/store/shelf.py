@@ -15,6 +15,7 @@ from raypipe.data.dataset import StoreData, TableSplit, open_data
 from raypipe.errors import StoreRefused
 from raypipe.models import build
 from raypipe.models.flat import FlatModel, layout_of
+from raypipe.models.heads import freeze
 from raypipe.store.batches import Examples, Images, numbered
 from raypipe.store.messages import Plan
 from raypipe.store.policy import Policy
@@ -41,6 +42,7 @@ class Shelf:
         self._policy, self._device, self._threads, self._cache_bytes = policy, device, threads, cache_bytes
         self._data: dict[str, StoreData] = {}
         self._images: dict[tuple[Any, ...], Examples] = {}
+        self._vectors: dict[tuple[str, str], Array] = {}
         self._learners: OrderedDict[str, Learner] = OrderedDict()
 
     def data(self, name: str) -> StoreData:
@@ -81,14 +83,33 @@ class Shelf:
         """The stricter of the plan and the policy."""
         return min(plan.max_bad_share, self._policy.max_bad_share)
 
+    def whole(self, plan: Plan, weights: Array, still: Array | None) -> Array:
+        """A version's whole vector. Frozen weights come once, as `still`, and are kept for the run's other versions.
+
+        Valid until the next version is put together. Raises StoreRefused for a piece that does not fit.
+        """
+        key = (plan.run, plan.layout)
+        if still is not None:
+            if still.dtype != np.float32 or still.ndim != 1 or weights.ndim != 1:
+                raise StoreRefused(f"frozen weights are {still.dtype} of shape {still.shape}, not a float32 vector")
+            self._vectors = {key: np.concatenate([weights, still])}  # of one run: another's would only take room
+        vector = self._vectors.get(key)
+        if vector is None or weights.size >= vector.size:
+            return weights
+        if weights.dtype == np.float32 and weights.ndim == 1:
+            vector[: weights.size] = weights
+            return vector
+        return weights
+
     def learner(self, plan: Plan, weights: Array) -> Learner:
         """The plan's model, not yet loaded. Raises StoreRefused when `weights` are not of its layout."""
         # Its weights come with each ticket: a store never fetches pretrained ones.
         spec = {key: value for key, value in plan.model.items() if key != "pretrained"}
-        key = json.dumps([plan.task, spec], sort_keys=True)
+        key = json.dumps([plan.task, spec, plan.trained], sort_keys=True)
         if key not in self._learners:
             task = tasks.build(plan.task)
             module: nn.Module = build(spec, task.num_outputs, task.channels, task.image_size, task.columns)
+            freeze(module, plan.trained, task.num_outputs)
             self._learners[key] = Learner(FlatModel(module, layout_of(module), device=self._device), task)
             if len(self._learners) > MODELS:
                 self._learners.popitem(last=False)
