@@ -111,7 +111,7 @@ def compose(
     )
     started = _started(said, run, layout, plan, code, past.epoch + 1, home is None)
     shell.record("run_started", started | ({"asked": list(asked)} if asked else {}))
-    shell.moved_before(sum(fact["bytes_up"] for fact in asked))
+    shell.moved_before(sum(fact["bytes_up"] + fact["bytes_down"] for fact in asked))
     for version in past.withdrawn:
         shell.record("version_withdrawn", {"version": version, "reason": "its weights were lost"})
     shell.owe(first)

@@ -58,7 +58,7 @@ async def prepare(config: dict[str, Any], run: str, home: str | None, ask: Ask) 
         answers = await ask(said, _question(said, _plan(said, run), None, "moments"))
         total = _sum(answers.sums)
         prepared.config = {**config, "task": {**said.task, **settle(total.tolist())}}
-        prepared.asked.append(_fact("moments", answers))
+        prepared.asked.append(_fact("moments", answers, 0))
     if said.closed_form is not None:
         said = RunConfig.model_validate(prepared.config)
         await _closed_form(said, run, prepared, ask)
@@ -82,9 +82,12 @@ async def _closed_form(said: RunConfig, run: str, prepared: Prepared, ask: Ask) 
     total = Gram.zero(width, task.num_outputs)
     for _, sums in sorted(answers.sums.items()):  # equal answers give equal bits
         total = total + Gram.unpacked(sums, width, task.num_outputs)
-    head = total.solve(said.closed_form.ridge)
+    head = total.solve(said.closed_form)
     prepared.start = with_head(layout, vector, place, head)
-    fact = _fact("gram", answers) | {"examples": int(total.num_examples), "seconds": time.monotonic() - began}
+    fact = _fact("gram", answers, vector.nbytes) | {
+        "examples": int(total.num_examples),
+        "seconds": time.monotonic() - began,
+    }
     prepared.asked.append(fact)
 
 
@@ -129,7 +132,8 @@ def _plan(said: RunConfig, run: str, layout: Layout | None = None) -> Plan:
     )
 
 
-def _fact(what: str, answers: Answers) -> dict[str, Any]:
-    """For the record: who answered, who did not and why, and what moved."""
-    num_bytes = sum(array.nbytes for array in answers.sums.values())
-    return {"what": what, "stores": sorted(answers.sums), "missing": dict(answers.missing), "bytes_up": num_bytes}
+def _fact(what: str, answers: Answers, num_bytes: int) -> dict[str, Any]:
+    """For the record: who answered, who did not and why, and what moved; `num_bytes` went to each store."""
+    moved = {"bytes_up": sum(array.nbytes for array in answers.sums.values())}
+    moved["bytes_down"] = num_bytes * len(answers.sums)
+    return {"what": what, "stores": sorted(answers.sums), "missing": dict(answers.missing), **moved}

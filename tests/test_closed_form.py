@@ -252,3 +252,34 @@ def test_real_imagenet_features_make_a_better_head_than_random_ones(tmp_path: Pa
         accuracy[pretrained] = metrics(judged.sums, judged.num_examples)["accuracy"]
     assert accuracy[True] >= 0.66
     assert accuracy[True] >= accuracy[False] + 0.03
+
+
+def test_what_was_asked_before_the_first_version_is_asked_once_in_a_run(
+    one_label_a_store: tuple[list[Site], Site], tmp_path: Path
+) -> None:
+    from raypipe.compose import compose
+    from raypipe.config.load import to_dict
+    from raypipe.config.schema import RunConfig
+    from raypipe.coordinator.asking import Answers
+    from raypipe.prelude import prepare
+    from raypipe.store.messages import expect
+
+    sites = {site.store: site for site in one_label_a_store[0]}
+    said = {"name": "r", "task": TASK, "model": MODEL, "stores": [{"id": s} for s in sites], "closed_form": 0.001}
+    config = to_dict(RunConfig.model_validate({**said, "stop": {"max_versions": 1}}))
+    asked: list[str] = []
+
+    async def answer(_: Any, question: Question) -> Answers:
+        asked.append(question.what)
+        plan = expect(Plan, question.plan)
+        return Answers({s: site.measure(plan, question.weights, "gram") for s, site in sites.items()}, {})
+
+    first = asyncio.run(prepare(config, "run", str(tmp_path), answer))
+    assert first.start is not None
+    judged = one_label_a_store[1].evaluate(planned(MODEL)[0], first.start, "test")
+    assert metrics(judged.sums, judged.num_examples)["accuracy"] >= 0.7
+    made = compose(first.config, "run", home=str(tmp_path), put=lambda v: v, start=first.start, asked=first.asked)
+    made.begin()
+    assert np.array_equal(made.read(0), first.start)
+    again = asyncio.run(prepare(config, "run", str(tmp_path), answer))
+    assert (asked, again.start, again.config["task"]) == (["gram"], None, config["task"])

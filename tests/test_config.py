@@ -52,8 +52,9 @@ def keys(value: Any, above: str = "") -> set[str]:
     return {inner for key, item in value.items() for inner in keys(item, f"{above}{key}.")}
 
 
-def test_there_are_the_four_scenarios() -> None:
-    assert [path.stem for path in CONFIGS] == ["fedbuff", "quickstart", "resnet", "sync"]
+def test_there_are_these_scenarios() -> None:
+    tables = ["image_sales", "lending_club", "orange_juice"]
+    assert [path.stem for path in CONFIGS] == sorted(["fedbuff", "quickstart", "resnet", "sync", *tables])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

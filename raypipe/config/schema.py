@@ -162,12 +162,6 @@ class Local(Section):
     max_images: Count | None = None
 
 
-class ClosedForm(Section):
-    """The head of version 0 by ridge regression on the model's features, from sums that each store uploads once."""
-
-    ridge: Positive = 1e-3  # penalty, in units of the features' mean square
-
-
 class RunConfig(Section):
     """A whole run."""
 
@@ -177,7 +171,7 @@ class RunConfig(Section):
     task: Part = {"name": "classification"}
     model: Part = {"name": "small_cnn"}
     warm_start: str | None = None  # a .safetensors file or models:/NAME@alias
-    closed_form: ClosedForm | None = None  # None: the head begins as the rest of the model does
+    closed_form: Positive | None = None  # ridge penalty of version 0's head by least squares, from one upload a store
     stores: Annotated[list[Store], Field(min_length=1), AfterValidator(_distinct)]
     store: AllStores = AllStores()
     train: Train = Train()
