@@ -17,12 +17,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from raypipe.compose import code_hash
 from raypipe.config.schema import RunConfig
 from raypipe.coordinator.asking import Answers, Question
 from raypipe.errors import RunError
 from raypipe.placement.homes import raypipe_home
 from raypipe.run import initial_of, policy_of
+from raypipe.store.code import code_hash
 from raypipe.store.messages import Plan, encode
 from raypipe.tasks import tasks
 from raypipe.types import Layout
