@@ -26,6 +26,7 @@ from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.state import Memory
 from raypipe.errors import RunError
+from raypipe.ledger.keys import sync_folder
 
 FOLDER = "diary"
 SCHEMA = 2  # 1 did not count records: which of them were not written cannot be known
@@ -71,6 +72,7 @@ class Diary:
             with part.open("rb+") as whole:
                 os.fsync(whole.fileno())
             part.rename(path)
+            sync_folder(self.folder)
             file = path.open("ab", buffering=0)
         except OSError as error:
             raise RunError(f"the diary could not be written: {error.strerror}") from None

@@ -49,7 +49,8 @@ def bring_back(
     decided: list[do.Action] = [*(remembered.owed or ())]
     for event in remembered.events:
         decided += machine.handle(event)
-    at = machine.memory().now
+    # What it decides from here on is this coordinator's; where lines were lost with the power, the record knows better.
+    at, machine.epoch, machine.told = machine.memory().now, epoch, max(machine.told, told)
     if machine.publishing is not None and machine.publishing.version == newest:
         decided += machine.handle(ev.Published(newest, at))
     if machine.version < newest and not machine.finished:
@@ -65,4 +66,5 @@ def bring_back(
     keeps: list[do.Action] = [do.Keep(version) for version in sorted(machine.unkept)]
     counted = remembered.owed is not None
     lost = [a for a in decided if isinstance(a, do.Record) and counted and a.number > told]
+    lost = [a for a in lost if a.kind != "evaluated" or a.body["version"] <= machine.version]  # not of those withdrawn
     return Return([*lost, *keeps, *machine.handle(ev.Resumed(epoch, grace_s, at))], withdrawn)

@@ -79,6 +79,7 @@ class Book(Protocol):
     def record(self, kind: str, body: Mapping[str, Any]) -> None: ...
     def hash(self, vector: np.ndarray) -> str: ...
     def write(self, version: int, vector: np.ndarray, layout: Layout, state: Mapping[str, np.ndarray]) -> None: ...
+    def force(self, version: int) -> None: ...
     def keep(self, version: int) -> None: ...
     def read(self, version: int, layout: Layout) -> np.ndarray: ...
     def folded_into(self, ticket: str) -> int | None: ...
@@ -131,7 +132,7 @@ class Shell:
         self._bytes_down = self._bytes_total = 0
         self._still: Handle = None  # of frozen weights, made at the first version
         self._has_still: set[str] = set()  # stores that were given them
-        self._started = self._published = wall()
+        self._started = self._published = clock()
 
     async def perform(self, action: do.Action) -> ev.Event | None:
         """The effect of an action; None where nothing is answered. Raises StoreSuperseded: the run is another's."""
@@ -409,12 +410,12 @@ class Shell:
         state = self.model.state
         written = self._disk.submit(self._patiently, self.book.write, action.version, vector, self.model.layout, state)
         digest = self.book.hash(vector)
-        now = self.wall()
+        now = self.clock()  # durations by a clock that never jumps
         body = {
             "version": action.version,
             "parent": action.version - 1,
             "hash": digest,
-            "at": now,
+            "at": self.wall(),
             "elapsed_s": now - self._started,
             "seconds": now - self._published,
             "contributions": [asdict(c) for c in action.contributions],
@@ -459,18 +460,19 @@ class Shell:
 
     def begin(self) -> None:
         """Version 0: durable and fetchable."""
-        self._started = self._published = now = self.wall()
-        facts = {"version": 0, "parent": None, "hash": self.book.hash(self.model.vector), "at": now}
+        self._started = self._published = self.clock()
+        facts = {"version": 0, "parent": None, "hash": self.book.hash(self.model.vector), "at": self.wall()}
         nothing = {"elapsed_s": 0.0, "seconds": 0.0, "contributions": [], "bytes_up": 0, "bytes_down": 0}
         step = {"step_norm": 0.0, "full_weight": 0.0, "statistic_mix": 0.0}
-        self.record("version_published", {**facts, **nothing, "bytes_total": self._bytes_total, **step})
         self.book.write(0, self.model.vector, self.model.layout, self.model.state)
+        self.book.force(0)  # there is no version before it to go back to
+        self.record("version_published", {**facts, **nothing, "bytes_total": self._bytes_total, **step})
         self.book.keep(0)
         self._handles[0] = self._fetchable(self.model.vector)
 
     def resume(self, last: Mapping[str, Any]) -> None:
         """The newest version, by its record, fetchable again."""
-        self._started, self._published = self.wall() - last["elapsed_s"], self.wall()
+        self._started, self._published = self.clock() - last["elapsed_s"], self.clock()
         self._bytes_total = last["bytes_total"]
         self._handles[last["version"]] = self._fetchable(self.model.vector)
 

@@ -6,6 +6,7 @@
         slot-0, ...     big arrays, see slots.py
         <hash>.ticket   an unsettled ticket: its report, which slots hold its update and the optimizer's pending state
         <hash>.kept     the optimizer's state after the last ticket that was folded, and which ticket that was
+        told            a line for each verdict that was obeyed: the ticket, and the version that it is in or `-`
 
 Data comes first, then the small entry under its name in one rename: a half-written entry is never one. Settling
 writes the kept state, with its ticket's id inside, and then removes the entry: after a kill between the two, an
@@ -156,14 +157,15 @@ class Outbox:
                 self._log.warning("ticket %s is dropped: more than %d wait to be settled", oldest, OUTBOX)
                 self._remove(oldest)
 
-    def settle(self, ticket: str, folded: bool) -> None:
-        """Forget the update; commit the optimizer's state if it was folded. Settling twice does nothing."""
+    def settle(self, ticket: str, version: int | None) -> None:
+        """Forget the update; commit the optimizer's state if it is in a version. Settling twice does nothing."""
         with self._guard:
             held = self._waiting.get(ticket)
             if held is None:
                 return
+            self._note(ticket, version)
             old = None
-            if folded and len(held.slots) == 2:
+            if version is not None and len(held.slots) == 2:
                 old = self._commit(held)
             self._remove(ticket)
             self._point("entry removed")
@@ -197,6 +199,11 @@ class Outbox:
         self._kept[entry.key] = Held(entry, held.slots[1:])
         self._fresh.add(entry.ticket)
         return old
+
+    def _note(self, ticket: str, version: int | None) -> None:
+        """Before it is obeyed, so it may be there twice; for whoever compares it with the coordinator's record."""
+        with suppress(OSError), (self._folder / "told").open("a", encoding="utf-8") as file:
+            file.write(f"{ticket} {'-' if version is None else version}\n")
 
     def _remove(self, ticket: str) -> None:
         (self._folder / _file(ticket, "ticket")).unlink(missing_ok=True)
@@ -265,7 +272,7 @@ class Outbox:
 
 
 def open_outbox(home: Path, run: str, log: logging.Logger, point: Point = lambda done: None) -> Outbox:
-    """The outbox of a run in a store's folder. Raises StoreError."""
+    """Of a run in a store's folder. Raises StoreError."""
     return Outbox(run_folder(home, run), log, point)
 
 

@@ -166,7 +166,7 @@ class Site:
         """Forget the update; commit the optimizer's state if it was folded. Settling twice does nothing."""
         outbox = self._asked(verdict.ticket, verdict.run, verdict.epoch)
         if outbox is not None:
-            outbox.settle(verdict.ticket, verdict.version is not None)
+            outbox.settle(verdict.ticket, verdict.version)
 
     def evaluate(
         self, plan: Plan, weights: Array, split: str, epoch: int = 0, still: Array | None = None

@@ -81,6 +81,10 @@ class RunBook:
         if state:
             save_state(self.folder, version, state)
 
+    def force(self, version: int) -> None:
+        """Have what was written on the disk. Raises RunError."""
+        self.versions.keep(version)
+
     def keep(self, version: int) -> None:
         """Have what was written on the disk, then write down that it is there. Raises RunError."""
         stored = self.versions.keep(version)

@@ -1,0 +1,120 @@
+"""What must hold in a random history, by what its world knows by itself; see chaos_world.py."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from chaos_reader import journal
+
+from raypipe.coordinator import actions as do
+from raypipe.coordinator.state import Phase
+
+if TYPE_CHECKING:
+    from chaos_world import World
+
+
+def train(world: World, action: do.Train) -> None:
+    """Of a ticket that is given out, or asked for again."""
+    m = world.machine
+    assert m.members[action.store].present, f"{action.store} is asked and is not there"
+    assert not m.members[action.store].aside, f"{action.store} is asked and is set aside"
+    again = world.asked.setdefault(action.ticket, action)
+    assert again == action, f"two tickets are named {action.ticket}"
+    assert action.ticket not in world.made, f"{action.ticket}: asked for what is in a version already"
+    if m.tickets[action.ticket].again:
+        return
+    assert action.version == m.version, f"{action.ticket}: trains on a version that is not the newest"
+    assert m.publishing is None, f"{action.ticket}: given out while a version is made"
+    before = [t for t in (*world.made, *world.open_sum) if _work(world, t) == _work(world, action.ticket)]
+    assert not before or world.disk.power_cuts, f"{action.ticket}: the same work as {before}"
+
+
+def _work(world: World, ticket: str) -> tuple[str, int, int]:
+    asked = world.asked[ticket]
+    return asked.store, asked.version, asked.repeat
+
+
+def portion(world: World, portion: do.Portion) -> None:
+    """Its weight, computed again from the versions that this world has seen."""
+    policy, report = world.policy, world.network.reports[portion.ticket]
+    late = world.newest - world.asked[portion.ticket].version
+    worth = 1.0 if policy.weigh == "equal" else float(report.num_train)
+    full = worth * max(policy.weigh_staleness(late), policy.floor_weight)
+    floor = worth * policy.floor_weight
+    if late <= policy.stale_limit:
+        right = [full]
+    elif late > policy.stale_limit * max(1, len(world.names)):
+        right = [floor] if policy.stale_action == "floor" else []
+    else:
+        right = [full, floor] if policy.stale_action == "floor" else [full]
+    found = [value for value in right if math.isclose(portion.weight, value)]
+    assert found, f"{portion.ticket}: weight {portion.weight}, {late} versions late; right would be {right}"
+    assert portion.steps == (report.steps if policy.weigh == "steps" else None)
+
+
+def publish(world: World, action: do.Publish) -> None:
+    """The version says what its sum holds, no more and no less, each update once and as it was."""
+    assert action.version == world.recorded + 1, f"version {action.version} after {world.recorded}"
+    names = [c.ticket for c in action.contributions]
+    assert names == world.open_sum, f"version {action.version} says {names}, its sum holds {world.open_sum}"
+    twice = [name for name in names if name in world.made]
+    assert not twice, f"in two versions: {twice}"
+    total = sum(world.weights[name].weight for name in names)
+    for c in action.contributions:
+        report, asked = world.network.reports[c.ticket], world.asked[c.ticket]
+        assert math.isclose(c.weight, world.weights[c.ticket].weight)
+        assert math.isclose(c.share, c.weight / total), f"{c.ticket}: share {c.share} of weight {c.weight}/{total}"
+        late = world.newest - 1 - asked.version
+        assert c.staleness == late, f"{c.ticket}: staleness {c.staleness}, it is {late}"
+        assert (c.store, c.base) == (asked.store, asked.version)
+        assert (c.steps, c.examples, c.loss) == (report.steps, report.examples, report.loss)
+    policy = world.policy
+    timeless = policy.deadline_s is None and policy.budget_s is None  # nobody is late
+    if policy.in_order and policy.buffer_size is None and timeless and not world.downs:
+        assert _sorted(world, names), f"version {action.version} is not in store order: {names}"
+
+
+def _sorted(world: World, names: list[str]) -> bool:
+    mine = [world.asked[n].store for n in names if world.asked[n].version == world.newest - 1]
+    healthy = [s for s in mine if world.shops[s].healthy]
+    return healthy == sorted(healthy)
+
+
+def settled(world: World, action: do.Settle, said: int | None) -> None:
+    """A store is told the truth, and the same each time."""
+    ticket = action.ticket
+    if said is not None:
+        assert said == world.made.get(ticket), f"{ticket}: told of version {said}, which lacks it"
+        assert world.disk.weights[said] == "kept", f"{ticket}: settled before its version was kept"
+    before = world.told.setdefault(ticket, said)
+    changed = (before is None and world.disk.power_cuts > 0) or ticket in world.forgotten
+    assert before == said or changed, f"{ticket}: its store is told {before}, then {said}"
+
+
+def step(world: World) -> None:
+    """After each event."""
+    m = world.machine
+    training = [t for t in m.tickets.values() if t.phase is Phase.TRAINING]
+    assert all(m.members[t.store].present for t in training), "in training at a store that is not there"
+    if world.downs:
+        return
+    assert len({t.store for t in training}) == len(training), "two tickets in training at one store"
+    in_time = [t for t in training if t.due_at > world.at]
+    assert m.policy.concurrency is None or len(in_time) <= m.policy.concurrency, "more than its slots"
+
+
+def over(world: World) -> None:
+    """At the end: all is kept, and whoever is there was told of each version that holds its update."""
+    m = world.machine
+    assert m.ending is not None
+    assert m.publishing is None
+    assert not m.tickets, f"left over at the end: {sorted(m.tickets)}"
+    assert not m.unkept, "the end came before the last weights were kept"
+    _, _, versions = world.disk.past()
+    assert m.version == max(versions)
+    for ticket, version in world.made.items():
+        there = m.members[world.asked[ticket].store].present
+        assert not there or world.told.get(ticket) == version, f"{ticket}: its store never heard of {version}"
+    unheard = set(m.scores.scored) - set(journal(world.disk.folder).evaluated)
+    assert not unheard, f"versions {sorted(unheard)} were judged, and no record says so"

@@ -1,0 +1,162 @@
+"""The chaos suite: random histories hold, its checks find what is wrong, and a short real run survives."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_resume import make
+from test_shell import NAMES, SitePort, config, run
+
+from raypipe.coordinator.diary import Diary
+from raypipe.ledger.keys import digest
+from raypipe.tracking.book import RunBook
+from raypipe.tracking.versions import VersionStore, read_state, save_state
+from raypipe.types import Layout, Role
+
+sys.path.insert(0, str(ROOT / "jobs"))
+
+from chaos_bugs import BUGS
+from chaos_disk import DEATHS
+from chaos_pairs import IMPOSSIBLE
+from chaos_planted import look, plant
+from chaos_pure import History, blocks, play
+
+
+def test_a_federation_that_dies_at_every_write_and_others_that_die_anywhere_lose_nothing() -> None:
+    total, _ = blocks(seed=3, histories=250, workers=1)
+    assert total.violations == []
+    assert total.swept >= 1
+    assert {how for _, how in total.deaths} == set(DEATHS)
+    assert not set(total.seen) & set(IMPOSSIBLE)
+
+
+SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
+deaths = st.dictionaries(st.integers(1, 120), st.sampled_from(DEATHS), max_size=6)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32), deaths)
+def test_whatever_moment_the_coordinator_dies_each_update_counts_once(seed: int, deaths: dict[int, str]) -> None:
+    with TemporaryDirectory(dir=SHM) as folder:
+        assert play(History(seed, deaths), Path(folder)).violations == []
+
+
+def test_nothing_is_done_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real shell with real sites: diary before act, weights before record, disk before settle."""
+    done: list[str] = []
+
+    def watch(owner: Any, name: str, what: Callable[..., str]) -> None:
+        real = getattr(owner, name)
+
+        def watched(*arguments: Any, **more: Any) -> Any:
+            answer = real(*arguments, **more)
+            done.append(f"{name} {what(*arguments, **more)}")
+            return answer
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(os, "fsync", lambda handle: Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+    watch(Diary, "note", lambda diary, event, actions: " ".join(decided(a) for a in actions))
+    watch(RunBook, "write", lambda book, version, *_: str(version))
+    watch(RunBook, "record", lambda book, kind, body: f"{kind} {body.get('version')}")
+    watch(SitePort, "settle", lambda port, verdict: f"{verdict.ticket} {verdict.version}")
+    real_train = SitePort.train
+
+    async def train(port: SitePort, ticket: Any, *rest: Any) -> Any:
+        done.append(f"train {ticket.id} {ticket.version}")
+        return await real_train(port, ticket, *rest)
+
+    monkeypatch.setattr(SitePort, "train", train)
+    make(tmp_path / "stores")
+    run(config(stop={"max_versions": 3}), tmp_path, {n: SitePort(tmp_path / "stores" / n) for n in NAMES})
+    for place, line in enumerate(done):
+        so_far, (what, about, *rest) = done[:place], (line + " ").split(" ")[:3]
+        if what == "train":
+            assert any(s.startswith("note") and f"Train/{about}" in s for s in so_far), "asked before it was noted"
+            assert f"record version_published {rest[0]}" in so_far, "asked before its base was a fact"
+        elif what == "settle" and rest != ["None"]:
+            assert f"record weights_kept {rest[0]}" in so_far, "settled before it is kept"
+        elif about == "weights_kept":
+            assert f"fsync v{int(rest[0]):05d}.part" in so_far, "kept, but not on the disk"
+        elif about == "version_published" and rest != ["0"]:
+            assert f"write {rest[0]}" in so_far, "a fact before its weights"
+            (noted,) = [p for p, s in enumerate(so_far) if s.startswith("note") and f"Publish/{rest[0]}" in s]
+            synced = [s for s in so_far[noted:] if s.startswith("fsync") and s.endswith(".jsonl")]
+            assert synced, "the record is on the disk before the diary"
+    assert {line.split()[0] for line in done} == {"fsync", "note", "write", "record", "settle", "train"}
+
+
+def decided(action: Any) -> str:
+    return f"{type(action).__name__}/{getattr(action, 'ticket', getattr(action, 'version', ''))}"
+
+
+def test_what_is_damaged_is_not_recovered(tmp_path: Path) -> None:
+    layout = Layout.of([("w", (40,), "float32", Role.SHARED)])
+    vector = np.zeros(layout.size, np.float32)
+    vector[:40] = np.arange(40)
+    store, state = VersionStore(tmp_path / "versions"), {"m": np.ones(40, np.float32)}
+    store.write(1, vector, layout, {})
+    save_state(tmp_path, 1, state)
+    assert np.array_equal(store.recover(1, layout, digest(vector)), vector), "written is enough"
+    store.keep(1)
+    assert np.array_equal(store.recover(1, layout, digest(vector)), vector)
+    assert np.array_equal(read_state(tmp_path, 1)["m"], state["m"])
+    for file in (store.path(1), tmp_path / "state-v00001.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 1
+        file.write_bytes(content)
+    assert store.recover(1, layout, digest(vector)) is None
+    assert read_state(tmp_path, 1) is None
+
+
+def test_an_update_of_a_withdrawn_version_is_in_none(tmp_path: Path) -> None:
+    book = RunBook(tmp_path, 5, (10,), lambda: 0.0)
+    for version in (1, 2):
+        book.record("version_published", {"version": version, "contributions": [{"ticket": f"t{version}"}]})
+    assert [book.folded_into(f"t{v}") for v in (1, 2)] == [1, 2]
+    book.record("version_withdrawn", {"version": 2})
+    assert [book.folded_into(f"t{v}") for v in (1, 2)] == [1, None]
+    again = RunBook(tmp_path, 5, (10,), lambda: 0.0)
+    list(again.past())
+    assert [again.folded_into(f"t{v}") for v in (1, 2)] == [1, None]
+
+
+def test_every_planted_bug_fits_in_its_place(tmp_path: Path) -> None:
+    for number, bug in enumerate(BUGS):
+        place = tmp_path / str(number) / "raypipe" / bug.file
+        place.parent.mkdir(parents=True)
+        shutil.copy(ROOT / "raypipe" / bug.file, place)
+        plant(bug, tmp_path / str(number))
+        ast.parse(place.read_text())
+    assert len({bug.name for bug in BUGS}) >= 20
+    with pytest.raises(ValueError, match="its place is 0 times"):
+        plant(BUGS[0], tmp_path / "0")
+
+
+@pytest.mark.parametrize("name", ["a double fold", "a lost write: what changes nothing to be seen is not noted"])
+def test_a_planted_bug_is_found(name: str) -> None:
+    (bug,) = [bug for bug in BUGS if bug.name == name]
+    found = look(bug)
+    assert found.found
+    assert "seed 100" in found.said
+
+
+@pytest.mark.cluster
+def test_a_real_run_survives_its_kills() -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "chaos.py"), "--quick", "--seed", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "chaos: all is well"
