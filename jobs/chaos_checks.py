@@ -86,7 +86,7 @@ def settled(world: World, action: do.Settle, said: int | None) -> None:
     ticket = action.ticket
     if said is not None:
         assert said == world.made.get(ticket), f"{ticket}: told of version {said}, which lacks it"
-        assert world.disk.weights[said] == "kept", f"{ticket}: settled before its version was kept"
+        assert said in world.disk.kept, f"{ticket}: settled before its version was kept"
     before = world.told.setdefault(ticket, said)
     changed = (before is None and world.disk.power_cuts > 0) or ticket in world.forgotten
     assert before == said or changed, f"{ticket}: its store is told {before}, then {said}"

@@ -49,6 +49,7 @@ class Disk:
         self.power_cuts = 0
         self.weights: dict[int, Literal["written", "kept", "lost"]] = {}
         self.last: Death | None = None  # how it died the last time
+        self.kept: set[int] = set()  # versions that were safe, whatever was damaged since
         self._synced = 0  # bytes of the newest diary file that are on the disk
         self._open()
 
@@ -82,10 +83,12 @@ class Disk:
 
     def write(self, version: int) -> None:
         self.weights[version] = "written"
+        self.kept.discard(version)
         self._wrote("weights")
 
     def keep(self, version: int) -> None:
         self.weights[version] = "kept"
+        self.kept.add(version)
         self._wrote("weights kept")
 
     # -- dying and coming back --------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ class World:
             self.disk.keep(0)
             self.disk.record("version_published", {"version": 0, "parent": None, "contributions": []})
             self.disk.record("weights_kept", {"version": 0})
-        self._take_stock(withdrawn)
+        self._take_stock()
         self.network.gather(first_time=not versions)
         if math.isfinite(self.stop_at):
             self.later(max(self.at, self.stop_at), ev.StopAsked("stopped by hand", 0.0))
@@ -146,14 +146,14 @@ class World:
             shop.busy_until += shift
         self.lane_free = self.disk_free = at
 
-    def _take_stock(self, withdrawn: list[int]) -> None:
+    def _take_stock(self) -> None:
         """What is true now, by the record; nothing is in the coordinator's memory but the machine."""
         _, _, versions = self.disk.past()
         assert self.machine.version == max(versions) == len(versions) - 1, "the machine and the record differ"
         self.newest = self.recorded = self.machine.version
-        lost = {t for t, v in self.made.items() if v in withdrawn}
+        before = set(self.made)
         self.made = {c.ticket: v.number for v in versions.values() for c in v.contributions}
-        self.forgotten |= {t for t in lost if self.told.get(t) is not None}
+        self.forgotten |= {t for t in before - set(self.made) if self.told.get(t) is not None}
         self.arrived, self.open_sum = set(), []
 
     def _like_before(self, before: Coordinator) -> None:
