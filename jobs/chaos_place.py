@@ -67,6 +67,7 @@ class Place:
             "CHAOS_FOLDER": str(self.folder),
             "PYTHONPATH": f"{ROOT}:{ROOT / 'jobs'}",
             "RAY_AUTH_MODE": "disabled",
+            "RAY_raylet_start_wait_time_s": "120",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{self.port}",
@@ -118,15 +119,13 @@ class Place:
     def start_node(self, store: str) -> None:
         address = f"127.0.0.{self.names.index(store) + 3}"
         resources = {f"store:{store}": 1}
-        node = self.cluster.add_node(
-            wait=False, num_cpus=2, resources=resources, node_ip_address=address, **self._common()
-        )
-        self.nodes[store] = node
+        options = {"num_cpus": 2, "resources": resources, "node_ip_address": address, **self._common()}
+        self.nodes[store] = self.cluster.add_node(wait=False, **options)
 
     def raylet(self, store: str | None = None) -> psutil.Process | None:
         """Of a store's node, or of the head."""
-        node = self.cluster.head_node if store is None else self.nodes[store]
-        return _alive(node, "raylet")
+        node = self.cluster.head_node if store is None else self.nodes.get(store)
+        return _alive(node, "raylet") if node is not None else None
 
     def workers(self, what: str, raylet: psutil.Process | None) -> list[psutil.Process]:
         """Actors of a class below a raylet."""
@@ -140,7 +139,8 @@ class Place:
 
     def stop_cluster(self) -> None:
         """All of it at once; what is frozen too."""
-        for node in [*self.nodes.values(), *([self.cluster.head_node] if self.cluster else [])]:
+        head = self.cluster.head_node if self.cluster is not None else None
+        for node in [*self.nodes.values(), *([head] if head is not None else [])]:
             for name in list(node.all_processes):
                 if (process := _alive(node, name)) is not None:
                     end([*_below(process), process])
@@ -155,9 +155,13 @@ class Place:
         """Start again what has been dead for a while: raylets, the MLflow server, the command."""
         for store in self.names:
             if self._dead(f"raylet {store}", self.raylet(store) is None):
-                end(_below_all(self.nodes[store]))
-                self.cluster.worker_nodes.discard(self.nodes[store])
-                self.start_node(store)
+                if (dead := self.nodes.pop(store, None)) is not None:
+                    end(_below_all(dead))
+                    self.cluster.worker_nodes.discard(dead)
+                try:
+                    self.start_node(store)
+                except Exception as error:  # noqa: BLE001  whatever Ray's reason: again, later
+                    print(f"  {store}'s node did not start: {str(error).splitlines()[0]}")
         if self._dead("mlflow", self.server is None or self.server.poll() is not None):
             self.start_server()
         if self._dead("command", self.command is None or self.command.poll() is not None):
@@ -209,11 +213,13 @@ class Place:
                     own = psutil.Process(process.pid)
                     end([*_below(own), own])
                 process.wait()
-        self.stop_cluster()
-        if self.quota and not keep:
-            subprocess.run(["umount", "--lazy", str(self.home)], check=False)
-        if not keep:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self.stop_cluster()
+        finally:
+            if self.quota and not keep:
+                subprocess.run(["umount", "--lazy", str(self.home)], check=False)
+            if not keep:
+                shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def end(processes: list[psutil.Process]) -> None:
