@@ -72,10 +72,11 @@ def load_resumed(which: str, path: Path | None, overrides: Sequence[str], *, acc
     after = flat_params(to_dict(config))
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     refused = [key for key in changed if not (accept and key.startswith(HARMLESS))]
-    hint = "" if accept else " (--accept-changes allows those of stop, track and evaluate)"
     if refused:
         said = [(key, before.get(key, "nothing"), after.get(key, "nothing")) for key in refused]
-        raise ConfigError([f"{key}: the run has {old}, {path} says {new}{hint}" for key, old, new in said])
+        allowed = {key: " (--accept-changes allows it)" for key in refused if key.startswith(HARMLESS)}
+        lines = [f"{key}: the run has {old}, {path} says {new}{allowed.get(key, '')}" for key, old, new in said]
+        raise ConfigError(lines)
     return folder.name, config
 
 

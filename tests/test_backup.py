@@ -92,7 +92,7 @@ def test_a_backup_is_all_that_the_run_was(ended: Path, tmp_path: Path) -> None:
     same = [name for name in there if name != FILE and there[name].read_bytes() == before[name].read_bytes()]
     assert len(same) == len(there) - 1
     assert list(Journal(back.path / FILE).read())[:-1] == list(Journal(folder / FILE).read())
-    assert not list((tmp_path / "home" / "restoring").iterdir())
+    assert [p.name for p in (tmp_path / "home").iterdir()] == ["runs"]
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["run.tar"], "nothing half-made is left"
 
 

@@ -226,6 +226,8 @@ def restore(file: Path, home: Path) -> Saved:
         raise RunError(f"the run could not be put back: {error.strerror or error}") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+        with suppress(OSError):  # somebody else is restoring
+            staged.parent.rmdir()
     return Saved(run, place, int(manifest["version"]), sum(size for _, size in manifest["files"].values()))
 
 
