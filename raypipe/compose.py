@@ -86,8 +86,7 @@ def compose(
         first = _take_up(past, machine, diary, book, model)
         machine.policy = policy_of(said)
     clock = _clock(machine.memory().now)
-    threads = None if said.local is None else 1  # on one machine the cores belong to the stores
-    notary = _notary(said, place, run, board, demo=home is not None and said.local is not None, threads=threads)
+    notary = _notary(said, place, run, board, demo=home is not None and said.local is not None)
     epochs = said.train.local_epochs
     if epochs is None and said.train.local_steps is None and said.pace != "paced":
         epochs = 1.0
@@ -127,7 +126,7 @@ def compose(
     )  # fmt: skip
 
 
-def _notary(said: RunConfig, place: Path, run: str, board: Board, *, demo: bool, threads: int | None) -> Notary | None:
+def _notary(said: RunConfig, place: Path, run: str, board: Board, *, demo: bool) -> Notary | None:
     """The run's ledger, open. Demo stores have a roster of their own, as real ones may bear the same names."""
     if not said.ledger.keep:
         return None
@@ -137,7 +136,7 @@ def _notary(said: RunConfig, place: Path, run: str, board: Board, *, demo: bool,
         run,
         roster_file=(place / "demo" / said.name if demo else place) / roster.FILE,
         rule=said.ledger.roster,
-        threads=threads,
+        threads=threads_of(said),
         wall=time.time,
         say=board.lines.append,
     )
@@ -151,9 +150,13 @@ def initial_model(said: RunConfig) -> GlobalModel:
     from raypipe.aggregation.transforms import transforms
 
     layout, vector = initial_of(said, tasks.build(said.task))
-    threads = None if said.local is None else 1  # on one machine the cores belong to the stores
-    transform = transforms.build(said.server)
-    return GlobalModel(layout, vector, transform, how=said.update, normalise=said.pacing.normalise, threads=threads)
+    transform, normalise = transforms.build(said.server), said.pacing.normalise
+    return GlobalModel(layout, vector, transform, how=said.update, normalise=normalise, threads=threads_of(said))
+
+
+def threads_of(said: RunConfig) -> int | None:
+    """For the coordinator's arithmetic; None: as many as help. On one machine the cores belong to the stores."""
+    return None if said.local is None else 1
 
 
 def plan_of(said: RunConfig, run: str, layout: Layout) -> Plan:

@@ -42,7 +42,7 @@ def _backup(options: argparse.Namespace, console: Console) -> int:
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
     if done.left_out:
-        line = f"not in it: private keys ({', '.join(done.left_out)}); keep a copy where only you can read it"
+        line = f"not in it, as of all runs here: {', '.join(done.left_out)}; keep a copy where only you can read it"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 

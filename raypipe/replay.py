@@ -152,6 +152,8 @@ class Replay:
         body, hints = record.body, list[str]()
         for part in body["contributions"]:
             update = encode_chain(self._said.update, self._trained(record.seq, part, hints))
+            if part.get("digest") not in (None, "", digest(update)):
+                hints.append(f"{_name(part)} is not the one that the store signed")
             steps = part["steps"] if self._by_steps else None
             for reason in self._model.fold([(update, part["weight"], steps)]).values():
                 hints.append(f"{_name(part)} is refused now: {reason}")

@@ -5,10 +5,14 @@
     versions   kept weights, the newest version's (also when they have no final name yet) and the transform's state
     the rest   the ledger and its like, copied before the journal: they follow it
 
-Not in it: what the stores keep (data, outboxes, optimizer state: it is theirs), private keys (whoever has the backup
-could sign), MLflow (told again from the record). A tar of plain files; its last member lists the blake3 of all others,
-so one that was cut or altered is found before anything is put in place. A restored run's epoch is far above any that
-its stores may have heard of, else they would refuse it as the older one.
+Not in it: what the stores keep (data, outboxes, optimizer state: it is theirs), keys and roster of the home (they are
+of all runs; whoever had the key could sign), MLflow (told again from the record). Stores of a run with a ledger that
+went on after the backup refuse the shorter history, as they must: their operators accept that what they saw is gone
+by moving `heads/RUN.heads.jsonl` away.
+
+A tar of plain files; its last member lists the blake3 of all others, so one that was cut or altered is found before
+anything is put in place. A restored run's epoch is far above any that its stores may have heard of, else they would
+refuse it as the older one.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from blake3 import blake3
 from raypipe.config.schema import NAME
 from raypipe.coordinator.diary import FOLDER as DIARY
 from raypipe.errors import ConfigError, RunError
+from raypipe.ledger import roster
 from raypipe.ledger.keys import sync_folder
 from raypipe.tracking.journal import FILE, Journal
 from raypipe.tracking.lineage import History
@@ -42,6 +47,7 @@ MANIFEST, FORMAT = "MANIFEST", 1
 TRIES, WAIT_S = 25, 0.2  # a run that goes on may remove what is being looked for
 EPOCHS = 1000  # a restored run is so many ahead
 APART = ("mlflow.", "journal.", "state-v")  # taken otherwise, or not at all
+BESIDE = ("keys", roster.FILE)
 SECRET = (".pem", ".key")
 BLOCK = 1 << 20
 PUBLISHED = b'{"event":"Published",'  # how such a line of the diary begins
@@ -51,7 +57,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A backup, or what came of one. `left_out`: names of private keys."""
+    """A backup, or what came of one. `left_out`: what of the home the run needs beside it."""
 
     run: str
     path: Path
@@ -82,7 +88,7 @@ def backup(run_dir: Path, target: Path) -> Saved:
     part, copy = (target.with_name(f"{target.name}.{end}") for end in ("part", "journal"))
     try:
         with ExitStack() as stack:
-            others, left_out = _others(run_dir, stack)
+            others = _others(run_dir, stack)
             moment = _moment(run_dir, copy, stack)
             files = (
                 others | moment.files | {FILE: stack.enter_context(copy.open("rb"))} | _diary(run_dir, moment.version)
@@ -95,15 +101,16 @@ def backup(run_dir: Path, target: Path) -> Saved:
     finally:
         part.unlink(missing_ok=True)
         copy.unlink(missing_ok=True)
+    home = run_dir.parent.parent
+    left_out = tuple(name for name in BESIDE if (home / name).exists())
     return Saved(run_dir.name, target, moment.version, target.stat().st_size, left_out)
 
 
-def _others(run_dir: Path, stack: ExitStack) -> tuple[dict[str, IO[bytes]], tuple[str, ...]]:
-    """What lies beside the journal and follows it, and the names of private keys, which stay where they are."""
+def _others(run_dir: Path, stack: ExitStack) -> dict[str, IO[bytes]]:
+    """What lies beside the journal and follows it, but for private keys."""
     there = sorted(f for f in run_dir.iterdir() if f.is_file() and not f.name.startswith(APART))
     wanted = [f for f in there if f.suffix not in (*SECRET, ".part", ".lock")]
-    secret = tuple(f.name for f in there if f.suffix in SECRET)
-    return {f.name: stack.enter_context(f.open("rb")) for f in wanted}, secret
+    return {f.name: stack.enter_context(f.open("rb")) for f in wanted}
 
 
 def _diary(run_dir: Path, newest: int) -> dict[str, IO[bytes]]:
