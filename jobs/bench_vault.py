@@ -66,7 +66,8 @@ def vaults(stores: Path, folder: Path) -> Iterator[None]:
 
 
 def seconds_per_version(bench: Bench, said: dict[str, Any], transport: str) -> float:
-    records = bench.federate({**said, "store": {"transport": transport}})
+    name = f"{said['name']}-{transport}"  # a roster of its own: a vault has a key of its own
+    records = bench.federate({**said, "name": name, "store": {"transport": transport}})
     versions = records["version_published"]
     behind = [bool(joined.get("vault_code")) for joined in records["store_joined"]]
     if set(behind) != {transport == "vault"} or len(versions[-1]["contributions"]) != len(IDS):
