@@ -24,6 +24,7 @@ from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.placement.homes import raypipe_home
 from raypipe.prelude import prepare
 from raypipe.run import new_run_id
+from raypipe.security.own import show_local_token
 from raypipe.tracking.console import Screen
 
 LOOK_S = 0.3  # between two looks at how it goes
@@ -40,6 +41,8 @@ def federate(
     of a run to be taken up. `insecure`: a cluster that lets strangers in will do.
     """
     address = address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        show_local_token(make=True)
     from raypipe.placement import actor as cluster
     from raypipe.security.actor import refuse_open
 
@@ -60,6 +63,8 @@ def federate(
 
 def ask(run: str, address: str | None, method: str, *arguments: Any) -> None:
     """Tell the coordinator of a run on a cluster something: `join`, `leave`, `stop`. Raises RaypipeError."""
+    if not (address or os.environ.get("RAY_ADDRESS")):
+        show_local_token(make=False)
     import ray
 
     from raypipe.placement import actor as cluster

@@ -24,6 +24,12 @@ from raypipe.security import actor as _quiet  # noqa: F401  says that gRPC is no
 PINGS = 5
 START_S = 60.0
 PREFIX = resource("")
+HARMLESS = (
+    "/ray.rpc.NodeInfoGcsService/CheckAlive",
+    "/ray.rpc.NodeManagerService/GetSystemConfig",
+    "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",
+)
+SHUT = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 PROBE_BYTES = 8 << 20
 ALL_TO_ALL = 24  # nodes up to which each tries every other; above, each tries so many others and the head
 
@@ -135,15 +141,24 @@ def _knocked(one: Seen) -> Seen:
         return one
     ports = [port for port, _ in one.facts.ports]
     http = http_answers(one.address, ports)
-    calls = [port for port in ports if port not in http and _takes_calls(f"{one.address}:{port}")]
+    calls = [
+        port for port in ports if port not in http and _takes_calls(f"{one.address}:{port}", one.facts.auth == "token")
+    ]
     return replace(one, http=http, open_ports=tuple(calls))
 
 
-def _takes_calls(address: str) -> bool:
-    """A method that nobody has: who lets strangers in says so, who does not asks for a token or speaks TLS."""
+def _takes_calls(address: str, token: bool) -> bool:
+    """Whether a stranger's call is done. Only calls that change nothing are tried.
+
+    A service answers for a method that it has not without asking for a token: then its node's own word counts.
+    """
     with grpc.insecure_channel(address) as channel:
-        try:
-            channel.unary_unary("/ray.rpc.NodeInfoGcsService/Knock")(b"", timeout=2.0)
-        except grpc.RpcError as error:
-            return error.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL)
-    return True
+        for method in HARMLESS:
+            try:
+                channel.unary_unary(method)(b"", timeout=2.0)
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    continue
+                return error.code() not in SHUT
+            return True
+    return not token

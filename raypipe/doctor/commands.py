@@ -39,13 +39,14 @@ def add_parsers(subparsers: Parsers) -> None:
 
 def run_doctor(options: argparse.Namespace, console: Console) -> int:
     """The table, a line for each finding, the verdict."""
+    address = _address(options)
     from raypipe.config.load import load
     from raypipe.doctor.actor import see_all
     from raypipe.doctor.findings import findings
     from raypipe.placement import actor as cluster
 
     wanted = [store.id for store in load(options.config, (), lambda _: []).stores] if options.config else []
-    cluster.connect(_address(options))
+    cluster.connect(address)
     try:
         here = cluster.address()
         seen = see_all(num_bytes=max(1, int(options.megabytes * 2**20)))
@@ -66,9 +67,10 @@ def run_doctor(options: argparse.Namespace, console: Console) -> int:
 
 def run_down(options: argparse.Namespace, console: Console) -> int:
     """A line an actor."""
+    address = _address(options)
     from raypipe.placement import actor as cluster
 
-    cluster.connect(_address(options))
+    cluster.connect(address)
     try:
         ended = cluster.end_left(options.which)
     finally:
@@ -88,7 +90,7 @@ def screen(seen: Sequence[Seen]) -> Table:
     table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
     columns = ("node", "store", "GPU", "disk", "clock", "ping", "MB/s", "data")
     for name in columns:
-        table.add_column(name, no_wrap=name != "data", overflow="fold")
+        table.add_column(name, no_wrap=name not in ("store", "data"), overflow="fold")
     for one in sorted(seen, key=lambda one: (not one.is_head, one.stores, one.address)):
         stores = ", ".join(one.stores) or ("head" if one.is_head else "-")
         if one.facts is None:
@@ -126,4 +128,10 @@ def _mlflow(uri: str | None) -> list[Finding]:
 
 
 def _address(options: argparse.Namespace) -> str:
-    return str(options.address or os.environ.get("RAY_ADDRESS") or "auto")
+    """Where to look; called before Ray is imported."""
+    from raypipe.security.own import show_local_token
+
+    address = options.address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        show_local_token(make=False)
+    return address or "auto"

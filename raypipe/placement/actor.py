@@ -34,10 +34,10 @@ LOOPBACK = "127.0.0.2"  # 127.0.0.1 is rewritten by Ray to the machine's own add
 def start_local(stores: Sequence[str], cpus: float, model_bytes: int) -> None:
     """Ray on this machine alone, playing every store's node; ends with this process.
 
-    Nothing listens beyond loopback, so there is no token (RAY_AUTH_MODE is set so that newer Rays agree). CPU shares
-    are granted as asked: this machine's cores are shared out by its operating system.
+    Ray listens on every address of a machine whatever its own is: see `security.own.show_local_token`. CPU shares are
+    granted as asked: this machine's cores are shared out by its operating system.
     """
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # newer Rays have it on
     room = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 1 << 30
     wanted = 256 * 2**20 + model_bytes * (len(stores) + 8)
     try:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
 from raypipe.errors import ConfigError
+from raypipe.placement.homes import raypipe_home
 from raypipe.security.certs import check_cert, load_cert
-from raypipe.security.files import read_secret
+from raypipe.security.files import read_secret, write_secret
 
 Check: TypeAlias = Callable[[Path], object]
 
@@ -27,6 +30,20 @@ def check_own(environment: Mapping[str, str], now: datetime.datetime) -> None:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+
+
+def show_local_token(*, make: bool) -> None:
+    """Keep strangers out of the Ray that raypipe starts on this machine, which listens on every address it has.
+
+    One token a user, in a file of his own, so that `raypipe stop` gets in. Call it before Ray is imported, which reads
+    the mode then. Nothing where the user said how to get in, or, unless `make`, where there is no token.
+    """
+    path = raypipe_home() / "local.token"
+    if "RAY_AUTH_MODE" in os.environ or not (make or path.exists()):
+        return
+    if not path.exists():
+        write_secret(path, secrets.token_hex(32).encode())
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
 
 
 def _due(environment: Mapping[str, str], now: datetime.datetime) -> Iterator[tuple[str, Check]]:
