@@ -102,8 +102,11 @@ def test_a_store_comes_when_it_is_wanted_goes_when_idle_and_comes_again(hosts: n
     on(hosts, "harbour", f"cd {ROOT}; {BIN}/python -m raypipe data {hosts.folder}/run.yaml")
     on(hosts, "harbour", "RAY_CLOUD_INSTANCE_ID=anothers nohup sleep 600 >/dev/null 2>&1 &")
     cluster = str(hosts.folder / "stores.yaml")
-    done = subprocess.run(["ray", "up", "-y", "--no-config-cache", cluster], capture_output=True, text=True)
     try:
+        for _ in range(2):  # Ray gives a node half a minute to start, which a busy machine may not have
+            done = subprocess.run(["ray", "up", "-y", "--no-config-cache", cluster], capture_output=True, text=True)
+            if done.returncode == 0:
+                break
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         assert up_nodes(hosts) == set()
         _comes_and_goes(hosts)
@@ -118,13 +121,13 @@ def test_a_store_comes_when_it_is_wanted_goes_when_idle_and_comes_again(hosts: n
 def _comes_and_goes(hosts: netns.Net) -> None:
     train = f"raypipe train {hosts.folder}/run.yaml"
     for time_round in (1, 2):
+        begin = time.monotonic()
         said = at_head(hosts, train)
         assert "code 0" in said, said
-        found = re.search(r"(\d+) s  version 1", said)
-        assert found, said
-        seconds = int(found[1])
-        print(f"wanted, up and trained: {seconds} s")
-        assert seconds < 75  # 30 on a machine that does nothing else
+        assert re.search(r"harbour +800 .* 100.0%", said), said
+        seconds = time.monotonic() - begin
+        print(f"asked for, up, trained and over: {seconds:.0f} s")
+        assert seconds < 120  # on a machine that does nothing else: 30 to the first version
         begin = time.monotonic()
         if time_round == 1:
             _no_open_door(hosts)

@@ -216,6 +216,17 @@ class CheckedRunner(SSHCommandRunner):
         super()._set_ssh_ip_if_required()
         self.ssh_options.arg_dict |= options(Login(self.ssh_user, self.ssh_private_key), 10.0)
 
+    def run(self, cmd: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """What an earlier start of this very node has left is ended first: it holds the ports.
+
+        `ray start` gives up after half a minute, and leaves what it has started.
+        """
+        if cmd and "ray start" in cmd:
+            self._set_ssh_ip_if_required()
+            command = STOP.format(node=shlex.quote(self.node_id))
+            run(Login(self.ssh_user, self.ssh_private_key), str(self.ssh_ip), command)
+        return super().run(cmd, *args, **kwargs)
+
     def run_rsync_up(self, source: str, target: str, options: dict[str, Any] | None = None) -> None:
         """A file, or what a folder holds, readable by its owner alone."""
         self._set_ssh_ip_if_required()
