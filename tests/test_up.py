@@ -111,7 +111,7 @@ def test_a_store_comes_when_it_is_wanted_goes_when_idle_and_comes_again(hosts: n
         assert up_nodes(hosts) == set()
         _comes_and_goes(hosts)
     finally:
-        done = subprocess.run(["ray", "down", "-y", "--no-config-cache", cluster], capture_output=True, text=True)
+        done = subprocess.run(["ray", "down", "-y", cluster], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
     for host in hosts.hosts:
         assert "ray" not in on(hosts, host, "cat /proc/[0-9]*/comm | grep -E '^(raylet|gcs_server|ray::.*)$'")
