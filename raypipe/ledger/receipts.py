@@ -28,7 +28,7 @@ WHY = 1000  # characters
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """`kind` as in `report`, `update`, `evaluation`, `card`, `refusal`; `digest` is of the bytes that left."""
+    """`kind` as in `report`, `update`, `evaluation`, `sums`, `card`, `refusal`; `digest` is of the bytes that left."""
 
     index: int
     prev: str

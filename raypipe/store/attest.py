@@ -132,6 +132,10 @@ class Attestor:
             found = known[1] if known is not None and known[0] == how else digest(encoded, threads=self._threads)
         self._write("update", run, report.ticket, encoded.nbytes, found, why)
 
+    def sums_left(self, what: str, run: str, sums: Array) -> None:
+        """A receipt for sums over the training split."""
+        self._write("sums", run, "", sums.nbytes, digest(sums), f"{what} were asked for before the first version")
+
     def close(self) -> None:
         """Idempotent."""
         with self._lock:

@@ -193,20 +193,25 @@ class Site:
             if epoch:
                 self._fenced(plan.run, epoch)
             self.policy.check(plan)
-            if what == "moments":
-                task = tasks.build(plan.task)
-                rows = self._shelf.images(plan, task, "train")
-                self.policy.may_measure(what, rows.num)
-                return measured_moments(rows, task)
-            if what != "gram" or weights is None:
-                raise StoreRefused(f"what is to be measured is moments, or gram of a model, not {what!r}")
-            learner = self._shelf.learner(plan, weights)
-            learner.model.load(weights)
-            examples = self._shelf.images(plan, learner.task, "train")
-            self.policy.may_measure(what, examples.num)
-            with self._controlled("") as control:
-                share = self._shelf.max_bad_share(plan)
-                sums = measured_gram(learner.model, learner.task, examples, share, lambda: control.stopped)
+            sums = self._measured(plan, weights, what)
+        self._attestor.sums_left(what, plan.run, sums)
+        return sums
+
+    def _measured(self, plan: Plan, weights: Array | None, what: What) -> Array:
+        if what == "moments":
+            task = tasks.build(plan.task)
+            rows = self._shelf.images(plan, task, "train")
+            self.policy.may_measure(what, rows.num)
+            return measured_moments(rows, task)
+        if what != "gram" or weights is None:
+            raise StoreRefused(f"what is to be measured is moments, or gram of a model, not {what!r}")
+        learner = self._shelf.learner(plan, weights)
+        learner.model.load(weights)
+        examples = self._shelf.images(plan, learner.task, "train")
+        self.policy.may_measure(what, examples.num)
+        with self._controlled("") as control:
+            share = self._shelf.max_bad_share(plan)
+            sums = measured_gram(learner.model, learner.task, examples, share, lambda: control.stopped)
         if sums is None:
             raise StoreRefused("the measuring was stopped")
         return sums
