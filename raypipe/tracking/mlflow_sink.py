@@ -184,7 +184,7 @@ class Sink:
                 self._complete(model.model_id, run, kept, Path(folder))
         return str(model.model_id)
 
-    def torch_model(self, run: RunPlace, kept: Kept, module: Any, shapes: tuple[Shape, Shape]) -> str:
+    def torch_model(self, run: RunPlace, kept: Kept, module: Any, shapes: tuple[Mapping[str, Shape], Shape]) -> str:
         """A LoggedModel that `mlflow.pytorch.load_model` returns as the module itself; `shapes` of input and output.
 
         Serialised by pickle on purpose: the default (pt2) comes back as a GraphModule whose eval() and train() raise,
@@ -199,7 +199,10 @@ class Sink:
         if model.status == LoggedModelStatus.READY:
             return str(model.model_id)
         own, place = str(model.model_id), str(model.artifact_location)
-        inputs, outputs = (Schema([TensorSpec(np.dtype("float32"), shape)]) for shape in shapes)
+        kind = np.dtype("float32")
+        named = len(shapes[0]) > 1  # one needs no name
+        inputs = Schema([TensorSpec(kind, shape, name if named else None) for name, shape in shapes[0].items()])
+        outputs = Schema([TensorSpec(kind, shapes[1])])
         logging.getLogger("mlflow.pytorch").setLevel(logging.ERROR)  # it warns of pickle
         with TemporaryDirectory() as folder:
             mlflow.pytorch.save_model(

@@ -77,7 +77,7 @@ def promote(
     card = model_card(started, version)
     module, task = _module(card, store.read(version, history.file_hash(version)))
     name = started["register_as"]
-    shape = (-1, task.channels, task.image_size, task.image_size), (-1, task.num_outputs)
+    shapes = _shapes(task)
     files: dict[str, Path | str] = {
         WEIGHTS: store.path(version),
         CARD: json.dumps(card),
@@ -87,7 +87,7 @@ def promote(
     with _in_one_line():
         sink = Sink(uri, home)
         child = _child(sink, history, version)
-        model_id = sink.torch_model(child, kept, module, shape)
+        model_id = sink.torch_model(child, kept, module, shapes)
         for at, metrics in history.moments(version):
             sink.metrics(child.run_id, points(metrics, at, version), model_id)
         sink.end(child.run_id, "finished", body["at"])
@@ -149,6 +149,8 @@ def predict(
     if not {"task", "model"} <= set(card):
         raise ConfigError(f"{source} does not say to which model its weights belong: only raypipe's own files do")
     module, task = _module(card, tensors)
+    if task.table is not None:
+        raise ConfigError(f"{source} reads rows of a table, and `raypipe predict` reads images")
     pixels = _decode(images, task)
     found: list[Prediction] = []
     with torch.inference_mode():
@@ -209,12 +211,12 @@ def _module(card: Mapping[str, Any], tensors: Tensors) -> tuple[nn.Module, Task]
     """The model of a card with these weights, in evaluation mode, and its task."""
     import torch
 
-    from raypipe.models import models
+    from raypipe.models import build
     from raypipe.tasks import tasks
 
     task = tasks.build(card["task"])
     spec = {**card["model"], **({"pretrained": False} if "pretrained" in card["model"] else {})}  # nothing to fetch
-    module: nn.Module = models.build(spec, task.num_outputs, task.channels, task.image_size)
+    module: nn.Module = build(spec, task.num_outputs, task.channels, task.image_size, task.columns)
     own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}  # a tied weight once
     try:
         problems = module.load_state_dict({n: torch.from_numpy(np.array(t)) for n, t in tensors.items()}, strict=False)
@@ -226,6 +228,16 @@ def _module(card: Mapping[str, Any], tensors: Tensors) -> tuple[nn.Module, Task]
     if wrong:
         raise ConfigError(f"the weights do not fit model {spec['name']!r}: {wrong[0]!r} is missing on one side")
     return module.eval(), task
+
+
+def _shapes(task: Task) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
+    """Of the module's arguments by name, and of its output."""
+    inputs: dict[str, tuple[int, ...]] = {}
+    if task.channels:
+        inputs["images"] = (-1, task.channels, task.image_size, task.image_size)
+    if task.columns:
+        inputs["table"] = (-1, task.columns)
+    return inputs, (-1, task.num_outputs)
 
 
 def _decode(images: Sequence[Path], task: Task) -> Array:
