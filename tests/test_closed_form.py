@@ -190,6 +190,13 @@ def test_frozen_weights_are_sent_once_and_an_update_is_the_head_alone(
         site.train(replace(ticket, id="early"), plan, moving)
     site.train(replace(ticket, id="first"), plan, moving, still)
     site.train(replace(ticket, id="second"), plan, moving)
+    newer = weights.copy()
+    newer[layout.shared] += 0.01
+    site.train(replace(ticket, id="newer"), plan, newer[: layout.update_size])
+    moved = site.collect("newer", []).copy()
+    site.train(replace(ticket, id="newer, whole"), plan, newer)
+    assert np.array_equal(site.collect("newer, whole", []), moved)
+    assert not np.array_equal(moved, update)
     assert whole.update_bytes == moving.nbytes
     for name in ("first", "second"):
         assert np.array_equal(site.collect(name, []), update)
