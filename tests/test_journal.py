@@ -51,7 +51,7 @@ def test_a_journal_of_the_first_schema_is_read_as_it_is_and_says_what_it_said(tm
     assert history.weights[2]["file"] == "v00002-25868fc5e2a8.safetensors"
     assert history.versions[2]["contributions"][0]["progress"] is None
     assert "file" not in history.versions[2]
-    assert [row.accuracy for row in list_versions(tmp_path)] == [0.08, 0.19, 0.41]
+    assert [row.score for row in list_versions(tmp_path)] == [0.08, 0.19, 0.41]
     assert [r.kind for r in Journal(file).read(kinds=["weights_kept"])] == ["weights_kept"] * 3
     assert file.read_bytes() == before
 

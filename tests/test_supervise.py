@@ -43,6 +43,7 @@ class Place:
         (folder / "bin").mkdir()
         (folder / "stores" / "a").mkdir(parents=True)
         (folder / "stores" / "a" / "policy.yaml").write_text("store: a\n")
+        shutil.copytree(ROOT / "cluster", folder / "cluster")  # beside it an environment's programs would come first
 
     def program(self, name: str, body: str) -> None:
         file = self.folder / "bin" / name
@@ -52,7 +53,7 @@ class Place:
     def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
         env = {"PATH": f"{self.folder / 'bin'}:/usr/bin:/bin", "LOG": str(self.log), "HOME": str(self.folder)}
         env |= {"RAYPIPE_STORES": str(self.folder / "stores"), "RAYPIPE_HOME": str(self.folder / "home")}
-        command = [str(ROOT / "cluster" / script), *arguments]
+        command = [str(self.folder / "cluster" / script), *arguments]
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def started(self) -> list[tuple[float, str]]:
