@@ -139,7 +139,7 @@ def site() -> Iterator[Site]:
         for store in STORES:
             made.keep_store(store)
         made.until(lambda: "Ray runtime started" in made.log("head"), 90, "a head")
-        made.run(head, "train", "raypipe", "train", str(folder / "run.yaml"), "--address", made.address)
+        made.run(head, "train", "raypipe", "train", str(folder / "run.yaml"), "--insecure", "--address", made.address)
         made.until(lambda: made.by("south") and made.by("north"), 120, "versions with both stores")
         yield made
     finally:

@@ -40,9 +40,9 @@ SPOKEN = (PROTOCOL - 1, PROTOCOL)  # so that stores and coordinators need not be
 # What PROTOCOL has brought; all of it has defaults.
 NEW = {
     "Card": {"key", "head_size", "code"},
-    "Plan": {"update"},
+    "Plan": {"update", "trained"},
     "Ticket": {"base"},
-    "Report": {"digest", "signature", "cosignature"},
+    "Report": {"digest", "signature", "cosignature", "after"},
 }
 
 Part: TypeAlias = dict[str, Any]  # a part's name and its settings, as in the configuration

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from raypipe.errors import StoreError, StoreUnreachable
+from raypipe.errors import StoreError, StoreRefused, StoreUnreachable
 from raypipe.ledger.keys import digest
 from raypipe.store import messages as msg
 from raypipe.vault.frames import Channel, Cut
@@ -115,14 +115,20 @@ class VaultSite:
         card = self._asked(msg.Card, {"verb": "describe", "run": run, "epoch": epoch})
         return replace(card, process=os.getpid(), node=self._node)
 
-    def train(self, ticket: msg.Ticket, plan: msg.Plan, weights: Array) -> msg.Report:
+    def train(self, ticket: msg.Ticket, plan: msg.Plan, weights: Array, still: Array | None = None) -> msg.Report:
+        _refuse_pieces(still)
+
         def ask(line: Line) -> Body:
             said = {"ticket": msg.encode(ticket, line.protocol), "plan": msg.encode(plan, line.protocol)}
             return _with_weights(line, {"verb": "train", **said}, weights)
 
         return _expected(msg.Report, self._call(self._work, ask))
 
-    def evaluate(self, plan: msg.Plan, weights: Array, split: str, epoch: int = 0) -> msg.Evaluation:
+    def evaluate(
+        self, plan: msg.Plan, weights: Array, split: str, epoch: int = 0, still: Array | None = None
+    ) -> msg.Evaluation:
+        _refuse_pieces(still)
+
         def ask(line: Line) -> Body:
             said = {"plan": msg.encode(plan, line.protocol), "split": split, "epoch": epoch}
             return _with_weights(line, {"verb": "evaluate", **said}, weights)
@@ -279,3 +285,9 @@ def _raised(answer: Body) -> Any:
 
 def _expected(kind: type[M], answer: Body) -> M:
     return msg.expect(kind, _raised(answer))
+
+
+def _refuse_pieces(still: Array | None) -> None:
+    """Frozen weights that travel once, apart from the rest, are not in the vault's conversation."""
+    if still is not None:
+        raise StoreRefused("a vault is given whole versions: set train.trained: all, or transport: actor")
