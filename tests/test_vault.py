@@ -42,6 +42,7 @@ from raypipe.vault.conversation import Vault
 from raypipe.vault.frames import HEADER, MAGIC, Channel, Cut
 from raypipe.vault.guard import Budget, Limits
 from raypipe.vault.install import install
+from raypipe.vault.jobs import Jobs
 from raypipe.vault.memory import Outlet, mapped
 from raypipe.vault.place import Place, Settings, changeable_by
 from raypipe.vault.process import check
@@ -231,6 +232,34 @@ def test_work_that_nobody_waits_for_is_abandoned_and_leaves_nothing(here: Here) 
     thread.join()
     until(lambda: here.case.site._current is None)
     assert here.case.site.describe("r", 1).outbox == ()
+
+
+def test_whoever_is_fast_finds_a_job_that_is_waited_for() -> None:
+    abandoned: list[str] = []
+    jobs = Jobs(abandoned.append)
+    job = jobs.add("key", "t1", lambda: 7, lambda: None)
+    jobs.work(1)  # before who asked came to wait
+    assert jobs.wait(job, lambda: False, 0.01, 0.01) == 7
+    running, go = threading.Event(), threading.Event()
+
+    def run() -> int:
+        running.set()
+        go.wait(20)
+        return 8
+
+    first = jobs.add("first", "", run, lambda: None)
+    second = jobs.add("second", "", run, lambda: None)
+    thread = threading.Thread(target=jobs.work, args=(1,))
+    thread.start()
+    running.wait(20)
+    with pytest.raises(Cut):  # who asked for the one that waits goes: the one that runs is another's
+        jobs.wait(second, lambda: True, 0.01, 0.01)
+    assert abandoned == []
+    go.set()
+    assert jobs.wait(first, lambda: False, 0.01, 0.01) == 8
+    thread.join()
+    jobs.work(1)
+    assert second.answer is None, "nobody waited for it"
 
 
 def test_only_the_actors_user_may_connect(tmp_path: Path) -> None:

@@ -139,17 +139,12 @@ class Conversation:
             raise StoreRefused("a ticket bears its coordinator's epoch, from 1 on")
         if (job := self._vault.jobs.joined(key)) is not None:
             self._skip_weights(body)
-            return msg.encode(self._waited(job), self._protocol)
+            return msg.encode(self._waited(job, joined=True), self._protocol)
         self._site.policy.admit(ticket, plan)
         check_plan(plan, self._vault.limits)
 
         def run(weights: Array) -> msg.Report:
-            self._vault.budget.spend(tickets=1)
-            try:
-                report: msg.Report = self._site.train(ticket, plan, weights)
-            except (StoreRefused, ConfigError):  # nothing was trained
-                self._vault.budget.spend(tickets=-1)
-                raise
+            report: msg.Report = self._paid(lambda: self._site.train(ticket, plan, weights))
             return report
 
         return msg.encode(self._waited(self._job(body, key, ticket.id, run)), self._protocol)
@@ -160,7 +155,7 @@ class Conversation:
         check_plan(plan, self._vault.limits)
 
         def run(weights: Array) -> msg.Evaluation:
-            evaluation: msg.Evaluation = self._site.evaluate(plan, weights, split, epoch)
+            evaluation: msg.Evaluation = self._paid(lambda: self._site.evaluate(plan, weights, split, epoch))
             return evaluation
 
         return msg.encode(self._waited(self._job(body, None, "", run)), self._protocol)
@@ -202,12 +197,21 @@ class Conversation:
 
     # -- work and its weights -------------------------------------------------------------------------------
 
+    def _paid(self, work: Callable[[], Any]) -> Any:
+        """One of the day's tickets; what is refused costs none."""
+        self._vault.budget.spend(tickets=1)
+        try:
+            return work()
+        except (StoreRefused, ConfigError):
+            self._vault.budget.spend(tickets=-1)
+            raise
+
     def _job(self, body: Body, key: Any, ticket: str, run: Callable[[Array], Any]) -> Job:
         weights, end = self._weights(body)
         return self._vault.jobs.add(key, ticket, lambda: run(weights), end)
 
-    def _waited(self, job: Job) -> Any:
-        return self._vault.jobs.wait(job, self.channel.gone, LOOK_S, self._vault.abandon_s)
+    def _waited(self, job: Job, *, joined: bool = False) -> Any:
+        return self._vault.jobs.wait(job, self.channel.gone, LOOK_S, self._vault.abandon_s, joined=joined)
 
     def _weights(self, body: Body) -> tuple[Array, Callable[[], None]]:
         """float32 in the vault's own memory, and what to call when they are no longer needed."""

@@ -33,7 +33,7 @@ class Limits(BaseModel):
     max_batch: Count = 4096
     max_vector_bytes: Count = 2 << 30  # of a model
     max_batch_bytes: Count = 4 << 30  # of one batch as the model reads it
-    tickets_a_day: Count | None = None
+    tickets_a_day: Count | None = None  # trained, or evaluated
     upload_bytes_a_day: Count | None = None
 
 

@@ -28,7 +28,7 @@ class Job:
         self.answer: Any = None
         self.error: BaseException | None = None
         self.began = False
-        self.waiters = 0
+        self.waiters = 1  # who asked
 
 
 class Jobs:
@@ -59,30 +59,32 @@ class Jobs:
                 self._by_key[key] = job
         return job
 
-    def wait(self, job: Job, gone: Callable[[], bool], look_s: float, abandon_s: float) -> Any:
-        """Its answer. When who asked is `gone`, the job is given a while to be joined by another, then abandoned.
+    def wait(self, job: Job, gone: Callable[[], bool], look_s: float, abandon_s: float, *, joined: bool = False) -> Any:
+        """Its answer. When all who asked are `gone`, a job that runs is given a while to be joined, then abandoned.
 
-        Raises what the job raised; Cut.
+        Who added it is counted already. Raises what the job raised; Cut.
         """
-        with self._guard:
-            job.waiters += 1
-        try:
-            while not job.done.wait(look_s):
-                if gone():
-                    break
-        finally:
+        if joined:
             with self._guard:
-                job.waiters -= 1
-        if not job.done.is_set():
-            if not job.done.wait(abandon_s if job.began else 0):
-                with self._guard:
-                    lonely = job.waiters == 0
-                if lonely:
-                    self._abandon(job.ticket)
-            raise Cut("who asked is gone")
+                job.waiters += 1
+        while not job.done.wait(look_s):
+            if gone():
+                self._left(job, look_s, abandon_s)
+                raise Cut("who asked is gone")
         if job.error is not None:
             raise job.error
         return job.answer
+
+    def _left(self, job: Job, look_s: float, abandon_s: float) -> None:
+        with self._guard:
+            job.waiters -= 1
+        wait_s = abandon_s
+        while job.began and not job.done.wait(wait_s):
+            with self._guard:
+                if job.waiters > 0:
+                    return
+            self._abandon(job.ticket)  # again and again: it may not have come to where it looks
+            wait_s = look_s
 
     def work(self, wait_s: float) -> None:
         """Do the next one, if one comes in time."""
