@@ -23,6 +23,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 QUOTA_MIB = 64  # the run's disk
+START_TRIES = 4
 AGAIN_S = 1.5  # after which the supervisor starts again what died
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 HEALTH = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 4}
@@ -67,7 +68,6 @@ class Place:
             "CHAOS_FOLDER": str(self.folder),
             "PYTHONPATH": f"{ROOT}:{ROOT / 'jobs'}",
             "RAY_AUTH_MODE": "disabled",
-            "RAY_raylet_start_wait_time_s": "120",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{self.port}",
@@ -103,6 +103,18 @@ class Place:
     # -- the cluster ----------------------------------------------------------------------------------------------
 
     def start_cluster(self) -> None:
+        """On a busy machine a head may not be up in the half minute that Ray gives it: then once more."""
+        for left in range(START_TRIES, 0, -1):
+            try:
+                return self._start_cluster()
+            except Exception as error:
+                print(f"  the cluster did not start: {str(error).splitlines()[0]}", flush=True)
+                self.stop_cluster()
+                if left == 1:
+                    raise
+        raise AssertionError
+
+    def _start_cluster(self) -> None:
         from ray.cluster_utils import Cluster
 
         self.cluster = Cluster()
