@@ -150,12 +150,11 @@ class Place:
         return found
 
     def stop_cluster(self) -> None:
-        """All of it at once; what is frozen too."""
-        head = self.cluster.head_node if self.cluster is not None else None
-        for node in [*self.nodes.values(), *([head] if head is not None else [])]:
-            for name in list(node.all_processes):
-                if (process := _alive(node, name)) is not None:
-                    end([*_below(process), process])
+        """All of it at once; what is frozen too, and what was left by a start that failed."""
+        others = {process.pid for process in (self.command, self.server) if process is not None}
+        for process in psutil.Process().children():
+            if process.pid not in others:
+                end([*_below(process), process])
         if self.cluster is not None:
             with contextlib.suppress(Exception):  # what is dead already cannot be stopped again
                 self.cluster.shutdown()
