@@ -114,7 +114,7 @@ class Replay:
         self._check_record()
         self._stores = self._open_stores(stores)
         self._model = initial_model(self._said)
-        if self._said.warm_start:
+        if self._said.warm_start or self._said.closed_form is not None:  # its version 0 was given to the run
             given = VersionStore(folder / FOLDER).read(0)
             self._model.restore(vector_from(self._model.layout, given), self._model.state)
         self._plan = plan_of(self._said, self.run, self._model.layout)
