@@ -20,7 +20,8 @@ from raypipe.errors import ConfigError, RunError, StoreRefused
 from raypipe.models import build
 from raypipe.models.flat import FlatModel, initial, layout_of, with_head
 from raypipe.models.heads import freeze, head_of
-from raypipe.store.messages import Card, Plan, Ticket
+from raypipe.store.messages import Card, Plan, Ticket, encode
+from raypipe.store.pieces import Pieces
 from raypipe.store.site import Site
 from raypipe.tasks import tasks
 from raypipe.tasks.metrics import metrics
@@ -183,27 +184,29 @@ def test_frozen_weights_are_sent_once_and_an_update_is_the_head_alone(
     assert {e.name for e in layout.entries if e.role is Role.SHARED} == {"11.weight", "11.bias"}
     moving, still = weights[: layout.update_size], weights[layout.update_size :]
     assert moving.nbytes < 6000 < 400_000 < still.nbytes
+    pieces, raw = Pieces(), encode(plan)
     ticket = Ticket(id="", store="s3", epoch=1, version=0, seed=1, progress=(0.0, 0.0), max_steps=3)
-    whole = site.train(replace(ticket, id="whole"), plan, weights)
-    update = site.collect("whole", []).copy()
+
+    def trained(name: str, vector: np.ndarray) -> np.ndarray:
+        report = site.train(replace(ticket, id=name), plan, vector)
+        assert report.update_bytes == moving.nbytes
+        return site.collect(name, []).copy()
+
     with pytest.raises(StoreRefused, match="weights are float32 of shape"):
-        site.train(replace(ticket, id="early"), plan, moving)
-    site.train(replace(ticket, id="first"), plan, moving, still)
-    site.train(replace(ticket, id="second"), plan, moving)
+        trained("early", pieces.whole(raw, moving, None))
+    update = trained("whole", weights)
+    assert np.array_equal(trained("first", pieces.whole(raw, moving, still)), update)
+    assert np.array_equal(trained("second", pieces.whole(raw, moving, None)), update)
     newer = weights.copy()
     newer[layout.shared] += 0.01
-    site.train(replace(ticket, id="newer"), plan, newer[: layout.update_size])
-    moved = site.collect("newer", []).copy()
-    site.train(replace(ticket, id="newer, whole"), plan, newer)
-    assert np.array_equal(site.collect("newer, whole", []), moved)
+    moved = trained("newer", pieces.whole(raw, newer[: layout.update_size], None))
+    assert np.array_equal(trained("newer, whole", newer), moved)
     assert not np.array_equal(moved, update)
-    assert whole.update_bytes == moving.nbytes
-    for name in ("first", "second"):
-        assert np.array_equal(site.collect(name, []), update)
     assert update[layout.shared].any()
-    other, _ = planned({**MODEL, "hidden": 64}, trained="head")
-    with pytest.raises(StoreRefused, match="weights are float32 of shape"):
-        site.train(replace(ticket, id="other"), other, moving[:10])  # another model's frozen weights are not these
+    other = encode(replace(plan, run="another"))
+    assert pieces.whole(other, moving, None) is moving  # its frozen weights are not these
+    with pytest.raises(StoreRefused, match="float32 vectors"):
+        pieces.whole(raw, moving, still.astype(np.float64))
 
 
 def test_partial_training_freezes_by_name_and_a_frozen_norm_keeps_its_statistics() -> None:

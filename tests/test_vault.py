@@ -122,6 +122,10 @@ def test_a_vault_gives_the_very_bits_of_a_site(here: Here, tmp_path: Path, pipe:
         assert (update.dtype, update.tobytes()) == (expected.dtype, expected.tobytes())
     judged, asked = site.evaluate(case.plan, case.weights, "validation", 1), plain.plan
     assert judged.sums == plain.site.evaluate(asked, plain.weights, "validation", 1).sums
+    sums = site.measure(case.plan, case.weights, "gram", 1)
+    assert sums.tobytes() == plain.site.measure(asked, plain.weights, "gram", 1).tobytes()
+    with pytest.raises(StoreRefused, match="only columns of rows have moments"):
+        site.measure(case.plan, None, "moments", 1)
     site.settle(Verdict("t1", 1, run="r", epoch=1))
     with pytest.raises(StoreRefused, match=r"^no update waits"):
         site.collect("t1", [], "r", 1)

@@ -78,4 +78,4 @@ async def ask(ports: Mapping[str, Asked], question: Question, weights: Any, *, j
 
 async def _asked(port: Asked, plan: bytes, weights: Any, what: str) -> np.ndarray:
     await port.join()
-    return await port.measure(plan, weights, what)
+    return np.array(await port.measure(plan, weights, what), np.float64)  # what came is valid until the next

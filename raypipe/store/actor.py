@@ -31,6 +31,7 @@ from raypipe.errors import StoreError, StoreSuperseded, StoreUnreachable
 from raypipe.placement.homes import stores_home
 from raypipe.placement.plan import missing, missing_advice, store_options
 from raypipe.store import messages as msg
+from raypipe.store.pieces import Pieces
 from raypipe.store.safety import refusal, site_log
 
 NAMESPACE = "raypipe"
@@ -66,6 +67,7 @@ class SiteActor:
             self._log = site_log(stores_home() / store, store)
             self._make = lambda: _make_site(store, cpus, gpus, slowdown)
         self._heard = time.monotonic()
+        self._pieces = Pieces()
         Thread(target=self._end_when_orphaned, args=(orphan_s,), name="orphan", daemon=True).start()
 
     def describe(self, run: str, epoch: int) -> bytes:
@@ -87,7 +89,7 @@ class SiteActor:
 
         def run(site: Any) -> bytes:
             asked, learned = msg.expect(msg.Ticket, ticket), msg.expect(msg.Plan, plan)
-            report = msg.encode(site.train(asked, learned, weights, still))
+            report = msg.encode(site.train(asked, learned, self._pieces.whole(plan, weights, still)))
             done.append(lambda site: site.collect(asked.id, how, learned.run, asked.epoch))
             return report
 
@@ -109,7 +111,8 @@ class SiteActor:
         self, plan: bytes, weights: np.ndarray, split: str, epoch: int, still: np.ndarray | None = None
     ) -> bytes:
         def run(site: Any) -> bytes:
-            return msg.encode(site.evaluate(msg.expect(msg.Plan, plan), weights, split, epoch, still))
+            whole = self._pieces.whole(plan, weights, still)
+            return msg.encode(site.evaluate(msg.expect(msg.Plan, plan), whole, split, epoch))
 
         return cast(bytes, self._answer("evaluate", run))
 

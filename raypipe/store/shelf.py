@@ -42,7 +42,6 @@ class Shelf:
         self._policy, self._device, self._threads, self._cache_bytes = policy, device, threads, cache_bytes
         self._data: dict[str, StoreData] = {}
         self._images: dict[tuple[Any, ...], Examples] = {}
-        self._vectors: dict[tuple[str, str], Array] = {}
         self._learners: OrderedDict[str, Learner] = OrderedDict()
 
     def data(self, name: str) -> StoreData:
@@ -82,24 +81,6 @@ class Shelf:
     def max_bad_share(self, plan: Plan) -> float:
         """The stricter of the plan and the policy."""
         return min(plan.max_bad_share, self._policy.max_bad_share)
-
-    def whole(self, plan: Plan, weights: Array, still: Array | None) -> Array:
-        """A version's whole vector. Frozen weights come once, as `still`, and are kept for the run's other versions.
-
-        Valid until the next version is put together. Raises StoreRefused for a piece that does not fit.
-        """
-        key = (plan.run, plan.layout)
-        if still is not None:
-            if still.dtype != np.float32 or still.ndim != 1 or weights.ndim != 1:
-                raise StoreRefused(f"frozen weights are {still.dtype} of shape {still.shape}, not a float32 vector")
-            self._vectors = {key: np.concatenate([weights, still])}  # of one run: another's would only take room
-        vector = self._vectors.get(key)
-        if vector is None or weights.size >= vector.size:
-            return weights
-        if weights.dtype == np.float32 and weights.ndim == 1:
-            vector[: weights.size] = weights
-            return vector
-        return weights
 
     def learner(self, plan: Plan, weights: Array) -> Learner:
         """The plan's model, not yet loaded. Raises StoreRefused when `weights` are not of its layout."""

@@ -123,14 +123,10 @@ class Site:
             self._attestor.left("card", run, "", card, "the coordinator asked who this is")
         return card
 
-    def train(self, ticket: Ticket, plan: Plan, weights: Array, still: Array | None = None) -> Report:
-        """The update stays in the outbox. A ticket that waits there already gives the same report again.
-
-        `weights`: the whole vector; or its part that training changes, with the rest as `still` the first time.
-        """
+    def train(self, ticket: Ticket, plan: Plan, weights: Array) -> Report:
+        """The update stays in the outbox. A ticket that waits there already gives the same report again."""
         with self._work:
             outbox = self._fenced(plan.run, ticket.epoch)
-            weights = self._shelf.whole(plan, weights, still)
             report = outbox.report(ticket.id) or self._made(ticket, plan, weights, outbox)
             self._attestor.left("report", plan.run, ticket.id, report, f"trained from version {report.version}")
             return report
@@ -168,15 +164,12 @@ class Site:
         if outbox is not None:
             outbox.settle(verdict.ticket, verdict.version)
 
-    def evaluate(
-        self, plan: Plan, weights: Array, split: str, epoch: int = 0, still: Array | None = None
-    ) -> Evaluation:
+    def evaluate(self, plan: Plan, weights: Array, split: str, epoch: int = 0) -> Evaluation:
         """Sums over a split. Raises StoreRefused, StoreSuperseded."""
         with self._work:
             if epoch:
                 self._fenced(plan.run, epoch)
             self.policy.check(plan)
-            weights = self._shelf.whole(plan, weights, still)
             learner = self._shelf.learner(plan, weights)
             learner.model.load(weights)
             with self._controlled("") as control:

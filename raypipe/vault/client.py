@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from raypipe.errors import StoreError, StoreRefused, StoreUnreachable
+from raypipe.errors import StoreError, StoreUnreachable
 from raypipe.ledger.keys import digest
 from raypipe.store import messages as msg
 from raypipe.vault.frames import Channel, Cut
@@ -115,31 +115,35 @@ class VaultSite:
         card = self._asked(msg.Card, {"verb": "describe", "run": run, "epoch": epoch})
         return replace(card, process=os.getpid(), node=self._node)
 
-    def train(self, ticket: msg.Ticket, plan: msg.Plan, weights: Array, still: Array | None = None) -> msg.Report:
-        _refuse_pieces(still)
-
+    def train(self, ticket: msg.Ticket, plan: msg.Plan, weights: Array) -> msg.Report:
         def ask(line: Line) -> Body:
             said = {"ticket": msg.encode(ticket, line.protocol), "plan": msg.encode(plan, line.protocol)}
             return _with_weights(line, {"verb": "train", **said}, weights)
 
         return _expected(msg.Report, self._call(self._work, ask))
 
-    def evaluate(
-        self, plan: msg.Plan, weights: Array, split: str, epoch: int = 0, still: Array | None = None
-    ) -> msg.Evaluation:
-        _refuse_pieces(still)
-
+    def evaluate(self, plan: msg.Plan, weights: Array, split: str, epoch: int = 0) -> msg.Evaluation:
         def ask(line: Line) -> Body:
             said = {"plan": msg.encode(plan, line.protocol), "split": split, "epoch": epoch}
             return _with_weights(line, {"verb": "evaluate", **said}, weights)
 
         return _expected(msg.Evaluation, self._call(self._work, ask))
 
+    def measure(self, plan: msg.Plan, weights: Array | None, what: str, epoch: int = 0) -> Array:
+        """As `collect`: read-only, until the next."""
+
+        def ask(line: Line) -> Body:
+            said = {"verb": "measure", "plan": msg.encode(plan, line.protocol), "what": what, "epoch": epoch}
+            return _exchange(line, said) if weights is None else _with_weights(line, said, weights)
+
+        fetched = _Fetched()
+        return self._call(self._work, lambda line: _collected(line, ask, fetched))
+
     def collect(self, ticket_id: str, how: list[msg.Part], run: str = "", epoch: int = 0) -> Array:
         """Read-only, in memory that the next `collect` writes to."""
         body = {"verb": "collect", "ticket": ticket_id, "how": how, "run": run, "epoch": epoch}
         fetched = _Fetched()
-        return self._call(self._work, lambda line: _collected(line, body, fetched))
+        return self._call(self._work, lambda line: _collected(line, lambda line: _exchange(line, body), fetched))
 
     def settle(self, verdict: msg.Verdict) -> None:
         def ask(line: Line) -> Body:
@@ -241,10 +245,10 @@ class _Fetched:
         self.coming = Incoming("", 0)
 
 
-def _collected(line: Line, body: Body, fetched: _Fetched) -> Array:
+def _collected(line: Line, ask: Callable[[Line], Body], fetched: _Fetched) -> Array:
     if fetched.about is not None:
         return _pulled(line, fetched)
-    about = _raised(_exchange(line, body))
+    about = _raised(ask(line))
     num_bytes, dtype = int(about["num_bytes"]), np.dtype(about["dtype"])
     if "digest" in about:
         fetched.about, fetched.coming = about, Incoming(about["digest"], num_bytes)
@@ -285,9 +289,3 @@ def _raised(answer: Body) -> Any:
 
 def _expected(kind: type[M], answer: Body) -> M:
     return msg.expect(kind, _raised(answer))
-
-
-def _refuse_pieces(still: Array | None) -> None:
-    """Frozen weights that travel once, apart from the rest, are not in the vault's conversation."""
-    if still is not None:
-        raise StoreRefused("a vault is given whole versions: set train.trained: all, or transport: actor")

@@ -67,6 +67,7 @@ class Conversation:
             "describe": self._describe,
             "train": self._train,
             "evaluate": self._evaluate,
+            "measure": self._measure,
             "collect": self._collect,
             "settle": self._settle,
             "control": self._control,
@@ -160,11 +161,31 @@ class Conversation:
 
         return msg.encode(self._waited(self._job(body, None, "", run)), self._protocol)
 
+    def _measure(self, body: Body) -> Body | None:
+        plan, what, epoch = msg.expect(msg.Plan, _bytes(body, "plan")), _text(body, "what"), _number(body, "epoch", 1)
+        self._site.policy.check(plan)
+        check_plan(plan, self._vault.limits)
+        weighed = "num_bytes" in body or "digest" in body
+
+        def run(weights: Array | None) -> Array:
+            sums: Array = self._site.measure(plan, weights, what, epoch)
+            return sums
+
+        if weighed:
+            job = self._job(body, None, "", run)
+        else:
+            job = self._vault.jobs.add(None, "", lambda: run(None), lambda: None)
+        return self._handed_out(np.ascontiguousarray(self._waited(job), "<f8"))
+
     def _collect(self, body: Body) -> Body | None:
         ticket, run, epoch = _text(body, "ticket"), _text(body, "run"), _number(body, "epoch", 1)
         if not run:
             raise StoreRefused("an update is collected by its run")
         array = self._site.collect(ticket, check_codecs(body.get("how")), run, epoch)
+        return self._handed_out(array)
+
+    def _handed_out(self, array: Array) -> Body | None:
+        """What is to be fetched, or in memory that goes with the answer; then that is sent here."""
         self._vault.budget.spend(upload_bytes=array.nbytes)
         about: Body = {"num_bytes": array.nbytes, "dtype": array.dtype.str}
         if self._inlet is None:
