@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from raypipe.ledger import entries
 from raypipe.ledger.chain import Ledger
 from raypipe.ledger.keys import Key, digest, load_key, load_or_make_key
 from raypipe.store.code import code_hash
-from raypipe.store.messages import Verdict, encode
+from raypipe.store.messages import NEW, Card, Evaluation, Plan, Refusal, Report, Ticket, Verdict, encode
 from raypipe.store.policy import read_policy
 from raypipe.vault.client import VaultSite
 from raypipe.vault.conversation import Vault
@@ -122,10 +122,6 @@ def test_a_vault_gives_the_very_bits_of_a_site(here: Here, tmp_path: Path, pipe:
         assert (update.dtype, update.tobytes()) == (expected.dtype, expected.tobytes())
     judged, asked = site.evaluate(case.plan, case.weights, "validation", 1), plain.plan
     assert judged.sums == plain.site.evaluate(asked, plain.weights, "validation", 1).sums
-    sums = site.measure(case.plan, case.weights, "gram", 1)
-    assert sums.tobytes() == plain.site.measure(asked, plain.weights, "gram", 1).tobytes()
-    with pytest.raises(StoreRefused, match="only columns of rows have moments"):
-        site.measure(case.plan, None, "moments", 1)
     site.settle(Verdict("t1", 1, run="r", epoch=1))
     with pytest.raises(StoreRefused, match=r"^no update waits"):
         site.collect("t1", [], "r", 1)
@@ -445,6 +441,31 @@ def test_an_actor_understands_a_recorded_vault_of_the_protocol_before(tmp_path: 
     with pytest.raises(StoreRefused, match="no update waits"):
         site.collect("t1", [], "r", 1)
     assert told == []
+
+
+def test_a_message_has_no_field_that_an_older_peer_would_stumble_over() -> None:
+    known: dict[str, set[str]] = {}
+    for _, raw in msgpack.unpackb(RECORDED.read_bytes()):
+        for value in msgpack.unpackb(raw[8:]).values():
+            if isinstance(value, bytes) and value[:1] == b"\x83":
+                message = msgpack.unpackb(value)
+                known[message["kind"]] = set(message["body"])
+    assert known.keys() >= {"Card", "Plan", "Ticket", "Report", "Evaluation", "Verdict", "Refusal"}
+    for kind in (Card, Plan, Ticket, Report, Evaluation, Verdict, Refusal):
+        new = NEW.get(kind.__name__, set())
+        assert {field.name for field in fields(kind)} - new == known[kind.__name__], "say in messages.NEW what is new"
+        for field in fields(kind):
+            assert field.name not in new or (field.default, field.default_factory) != (MISSING, MISSING)
+
+
+@pytest.mark.parametrize("pipe", [True, False])
+def test_sums_that_are_measured_come_as_they_are(here: Here, tmp_path: Path, pipe: bool) -> None:
+    plain, site, case = Case(tmp_path / "plain"), here.client(pipe=pipe), here.case
+    gram = site.measure(case.plan, case.weights, "gram", 1)
+    expected = plain.site.measure(plain.plan, plain.weights, "gram", 1)
+    assert (gram.dtype, gram.tobytes()) == (expected.dtype, expected.tobytes())
+    with pytest.raises(StoreRefused, match="only columns of rows have moments"):
+        site.measure(case.plan, None, "moments", 1)
 
 
 def test_two_protocols_apart_are_said_to_be(here: Here) -> None:

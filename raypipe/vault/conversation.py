@@ -168,7 +168,7 @@ class Conversation:
         weighed = "num_bytes" in body or "digest" in body
 
         def run(weights: Array | None) -> Array:
-            sums: Array = self._site.measure(plan, weights, what, epoch)
+            sums: Array = self._paid(lambda: self._site.measure(plan, weights, what, epoch))
             return sums
 
         if weighed:
