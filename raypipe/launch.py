@@ -162,6 +162,7 @@ def watch(actor: Any, see: Callable[[dict[str, Any]], None], check: Callable[[],
         see(state)
         seen = len(state["board"]["lines"]) if state["board"] else 0
         asked = actor.progress.remote(seen, LOOK_S)
+    ray.wait([asked], timeout=2 * LOOK_S)  # Ray has a line of its own about a call whose actor is ended meanwhile
     summary: dict[str, Any] = ray.get(work)
     return summary
 
