@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from raypipe.security.own import check_own
 
 NAMESPACE = "raypipe"
 KNOCK_S = 5.0
+PORTS = 20  # of Ray's own processes on one machine, and some to spare
 STOP_S = 10.0  # for a coordinator to end by itself
 LOOPBACK = "127.0.0.2"  # 127.0.0.1 is rewritten by Ray to the machine's own address, which others could reach
 
@@ -38,6 +39,7 @@ def start_local(stores: Sequence[str], cpus: float, model_bytes: int) -> None:
     granted as asked: this machine's cores are shared out by its operating system.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # newer Rays have it on
+    _need_ports(PORTS + len(stores))
     room = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 1 << 30
     wanted = 256 * 2**20 + model_bytes * (len(stores) + 8)
     try:
@@ -57,6 +59,19 @@ def start_local(stores: Sequence[str], cpus: float, model_bytes: int) -> None:
         )
     except Exception as error:  # noqa: BLE001  Ray raises many kinds, bare ones among them
         raise RunError(f"Ray did not start on this machine: {_line(error)}") from None
+
+
+def _need_ports(wanted: int) -> None:
+    """Raises RunError where so many ports are not to be had: Ray would try for two minutes, and not say for what."""
+    with ExitStack() as held:
+        for found in range(wanted):
+            try:
+                held.enter_context(socket.socket()).bind(("", 0))
+            except OSError as error:
+                raise RunError(
+                    f"no free port: Ray needs about {wanted} on this machine, {found} are to be had "
+                    f"({error.strerror}); end what holds them (ss -tan), or widen net.ipv4.ip_local_port_range"
+                ) from None
 
 
 def connect(address: str) -> None:
