@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     versions.add_argument("--quick", action="store_true", help="do not check that kept weights are whole")
     promote = verb("promote", _promote, "register a version and give it an alias")
     promote.add_argument("which", metavar="RUN")
-    promote.add_argument("version", type=int)
+    promote.add_argument("version", type=_version, help="a number, or best")
     promote.add_argument("--as", dest="alias", default="champion")
     rollback = verb("rollback", _rollback, "give an alias back to the version that had it before")
     rollback.add_argument("model", metavar="MODEL", help="a registered model's name")
@@ -200,13 +200,25 @@ def _versions(options: argparse.Namespace, console: Console) -> int:
 
 def _promote(options: argparse.Namespace, console: Console) -> int:
     from raypipe.tracking.book import run_folder
+    from raypipe.tracking.lineage import read_history
     from raypipe.tracking.registry import promote
 
-    done = promote(run_folder(options.which), options.version, alias=options.alias)
+    folder = run_folder(options.which)
+    version = read_history(folder).best if options.version is None else options.version
+    if version is None:
+        raise ConfigError(f"{folder.name} has no best version yet: say which by its number")
+    done = promote(folder, version, alias=options.alias)
     before = f" (before: version {done.previous})" if done.previous else ""
     line = f"{done.uri} is now version {done.number} of {done.name}{before}"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _version(said: str) -> int | None:
+    """A version's number; None: the best."""
+    if said != "best" and not said.isdecimal():
+        raise argparse.ArgumentTypeError(f"{said!r} is neither a version's number nor best")
+    return None if said == "best" else int(said)
 
 
 def _rollback(options: argparse.Namespace, console: Console) -> int:

@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from getpass import getuser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias, TypeVar
@@ -133,7 +134,8 @@ class Sink:
         found = self.find_run(experiment_id, tags)
         if found:
             return found
-        made = self.client.create_run(experiment_id, start_time=_ms(at), tags=dict(tags), run_name=name)
+        shown = {"mlflow.source.name": "raypipe", "mlflow.user": _user()} | dict(tags)
+        made = self.client.create_run(experiment_id, start_time=_ms(at), tags=shown, run_name=name)
         return RunPlace(experiment_id, str(made.info.run_id))
 
     def params(self, run_id: str, params: Mapping[str, str], changed: str = "") -> None:
@@ -216,7 +218,7 @@ class Sink:
             self._complete(own, run, kept, Path(folder) / "model")
         return own
 
-    def register(self, name: str, model_id: str, run_id: str) -> str:
+    def register(self, name: str, model_id: str, run_id: str, description: str) -> str:
         """The number of this run's registered version, made of its LoggedModel where it is missing."""
         if not self.client.search_registered_models(f"name = '{name}'", max_results=1):
             self.client.create_registered_model(name)
@@ -225,7 +227,7 @@ class Sink:
         source = f"models:/{model_id}"
         if not self.remote:  # MLflow would look that up in the process's default store
             source = self.client.get_logged_model(model_id).artifact_location
-        made = self.client.create_model_version(name, source, run_id=run_id, model_id=model_id)
+        made = self.client.create_model_version(name, source, run_id=run_id, model_id=model_id, description=description)
         if not self.remote:  # as a server does: the link on the model's page
             link = [{"name": name, "version": str(made.version)}]
             self.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps(link)})
@@ -295,6 +297,13 @@ def one_line(error: Exception) -> str:
     """What went wrong, for people: the kind and the first line, without logins."""
     lines = str(error).splitlines() or [""]
     return hide_login(f"{type(error).__name__}: {lines[0]}")[:300]
+
+
+def _user() -> str:
+    try:
+        return getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return str(os.getuid())
 
 
 def _ms(at: float) -> int:

@@ -91,7 +91,9 @@ def promote(
         for at, metrics in history.moments(version):
             sink.metrics(child.run_id, points(metrics, at, version), model_id)
         sink.end(child.run_id, "finished", body["at"])
-        number = sink.register(name, model_id, child.run_id)
+        number = sink.register(
+            name, model_id, child.run_id, f"version {version} of {started['run']}, {body['hash'][:15]}"
+        )
         before = sink.alias(name, alias)
         if before not in (None, number):
             sink.set_alias(name, previous_alias, str(before))
