@@ -62,8 +62,12 @@ def load_resumed(which: str, path: Path | None, overrides: Sequence[str], *, acc
     from raypipe.tracking.lineage import read_history
 
     folder = run_folder(which)
-    before = flat_params(read_history(folder).run()["config"])
-    own = RunConfig.model_validate(read_history(folder).run()["config"])
+    history = read_history(folder)
+    if history.finished is not None:
+        ended = history.finished["reason"]
+        raise ConfigError(f"run {folder.name} is over: {ended}; a new one may begin with its weights (warm_start)")
+    before = flat_params(history.run()["config"])
+    own = RunConfig.model_validate(history.run()["config"])
     if path is None and not overrides:
         return folder.name, own
     if path is None:

@@ -77,6 +77,7 @@ def _need_ports(wanted: int) -> None:
 def connect(address: str) -> None:
     """Join a running cluster. Raises RunError in one line, ConfigError for what this process would show at its door."""
     check_own(os.environ, datetime.datetime.now(datetime.UTC))
+    address = _found() if address == "auto" else address
     _knock(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE)
@@ -94,8 +95,21 @@ def wait_for_head(seconds: float) -> None:
         time.sleep(0.2)
 
 
+def _found() -> str:
+    """The cluster that Ray would take on this machine; the last one is remembered when it is long gone, too."""
+    from ray._private.services import canonicalize_bootstrap_address  # Ray has no public name for it
+
+    try:
+        found = canonicalize_bootstrap_address("auto")
+    except (ConnectionError, ValueError):
+        found = None
+    if not found:
+        raise RunError("no Ray cluster on this machine: start one (ray start --head), or name one with --address")
+    return str(found)
+
+
 def _knock(address: str) -> None:
-    """Ray would try for two minutes. What is no HOST:PORT (`auto`, `ray://...`) Ray looks up itself."""
+    """Ray would try for two minutes. What is no HOST:PORT (`ray://...`) Ray looks up itself."""
     host, _, port = address.rpartition(":")
     if "/" in address or not (host and port.isdigit()):
         return
