@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 from bench_floor import Job, to_json, write_sleepy
 from bench_ledger import ledger_seconds
-from bench_parts import WARM, coordinator_ms, fold_ratios, fold_single_ratios
+from bench_parts import WARM, coordinator_ms, fold_ratios, fold_single_ratios, record_seconds
 
 from raypipe.config.schema import RunConfig
 from raypipe.launch import begin, make_demo_stores, watch
@@ -56,6 +56,7 @@ MUST = {
     "main_job_s": 120.0,
     "w1_command": 1.2,
     "ledger_ratio": 1.2,
+    "journal_share": 0.05,
 }
 
 
@@ -154,8 +155,13 @@ class Bench:
             shut_down()
             self._started = False
 
-    def federate(self, said: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-        """A federation, watched as raypipe.launch does; its records by kind. The tests at its end are left out."""
+    def federate(
+        self, said: Mapping[str, Any], look: Callable[[Path, RunConfig], None] = lambda run, config: None
+    ) -> dict[str, list[dict[str, Any]]]:
+        """A federation, watched as raypipe.launch does; its records by kind. The tests at its end are left out.
+
+        `look`: at the run's folder, before it is removed.
+        """
         import ray
 
         self.start()
@@ -170,6 +176,7 @@ class Bench:
         records: dict[str, list[dict[str, Any]]] = {}
         for record in Journal(self.home / "runs" / run / "journal.sqlite").read():
             records.setdefault(record.kind, []).append(record.body)
+        look(self.home / "runs" / run, config)
         shutil.rmtree(self.home / "runs" / run)
         return records
 
@@ -193,10 +200,26 @@ class Bench:
         return self._steady("w1_ratio", configuration("w1", stop={"max_versions": 5 if self.quick else 10}))
 
     def w2(self) -> Line:
+        return self._steady("w2_ratio", self._w2())
+
+    def _w2(self) -> dict[str, Any]:
         model = {"name": "resnet18", "norm": "group", "small_images": False}
         train = {"lr": 0.01, "batch_size": 32, "local_steps": 1}
-        stop = {"max_versions": 4 if self.quick else 8}
-        return self._steady("w2_ratio", configuration("w2", model=model, train=train, stop=stop))
+        return configuration("w2", model=model, train=train, stop={"max_versions": 4 if self.quick else 8})
+
+    def journal(self) -> Line:
+        """What W2's record took, written once more, as a share of the time that the versions took."""
+        load, shares = os.getloadavg()[0], list[float]()
+        seconds: list[float] = []
+
+        def look(run: Path, config: RunConfig) -> None:
+            seconds.append(record_seconds(run, config, self.folder / f"record-{len(seconds)}"))
+
+        for _ in range(self.repeats):
+            versions = self.federate(self._w2(), look)["version_published"]
+            steady = median(_differences([v["at"] for v in versions if v["version"] >= STEADY]))
+            shares.append(seconds[-1] / len(versions) / steady)
+        return Line("journal_share", median(shares), {"shares": shares, "seconds": seconds, "load": load})
 
     def _steady(self, figure: str, said: dict[str, Any]) -> Line:
         """Median seconds from version to version, past the start, over the floor's; beside it, a bare Ray script's."""
@@ -349,6 +372,7 @@ FIGURES: dict[str, tuple[str, Callable[[Bench], Line]]] = {
     "fold_single": ("fold_single_ratio", Bench.fold_single),
     "coordinator": ("coordinator_ms", Bench.coordinator),
     "ledger": ("ledger_ratio", Bench.ledger),
+    "journal": ("journal_share", Bench.journal),
     "w1": ("w1_ratio", Bench.w1),
     "w2": ("w2_ratio", Bench.w2),
     "w3": ("w3_ratio", Bench.w3),

@@ -13,9 +13,11 @@ import torch
 
 from raypipe.aggregation.global_model import GlobalModel
 from raypipe.aggregation.transforms import transforms
-from raypipe.compose import compose
+from raypipe.compose import compose, new_machine
 from raypipe.config.load import to_dict
 from raypipe.config.schema import RunConfig
+from raypipe.coordinator.actions import Publish
+from raypipe.coordinator.diary import Diary
 from raypipe.coordinator.loop import drive
 from raypipe.run import new_run_id
 from raypipe.store import messages as msg
@@ -162,3 +164,30 @@ async def _drive(made: Any) -> None:
     finally:
         for task in tasks:
             task.cancel()
+
+
+# -- the record -----------------------------------------------------------------------------------------------
+
+
+def record_seconds(run: Path, config: RunConfig, folder: Path) -> float:
+    """What noting and journaling took in a run: all of it is written once more, by the same code on the same disk."""
+    found = Diary(run).read()
+    assert found is not None, "a run begins with a checkpoint"
+    machine = new_machine(config)
+    machine.recall(found.memory)
+    noted = [(event, machine.handle(event)) for event in found.events]
+    records = list(Journal(run / "journal.sqlite").read())
+    folder.mkdir()
+    diary, journal = Diary(folder), Journal(folder / "journal.sqlite", write=True)
+    start = time.perf_counter()
+    diary.checkpoint(found.memory)
+    for event, actions in noted:
+        diary.note(event, actions)
+        if any(isinstance(action, Publish) for action in actions):
+            diary.sync()
+    for record in records:
+        journal.append(record.kind, record.body, record.at)
+    seconds = time.perf_counter() - start
+    diary.close()
+    journal.close()
+    return seconds

@@ -80,7 +80,7 @@ def compose(
         from raypipe.tracking.registry import load_weights
 
         model.restore(load_weights(said.warm_start, layout), model.state)
-    machine = _machine(said if past.config is None else RunConfig.model_validate(past.config))
+    machine = new_machine(said if past.config is None else RunConfig.model_validate(past.config))
     first: list[Action] = []
     if again:
         first = _take_up(past, machine, diary, book, model)
@@ -178,7 +178,9 @@ def plan_of(said: RunConfig, run: str, layout: Layout) -> Plan:
     )
 
 
-def _machine(said: RunConfig) -> Coordinator:
+def new_machine(said: RunConfig) -> Coordinator:
+    """A run's machine as it begins: the run's policy, and chance by its seed."""
+
     def chance(version: int) -> random.Random:
         return random.Random(f"{said.seed}/{version}")
 

@@ -34,7 +34,7 @@ import torch
 from raypipe.errors import RunError
 from raypipe.types import Layout
 
-BLOCK = 1 << 18  # floats: 1 MiB, so that a core's running block stays in its own cache
+BLOCK = 1 << 19  # floats, 2 MiB: few enough to stay in the shared cache, so long that starting each costs little
 MAX_THREADS = 4  # more only wait for memory
 MAX_WEIGHT = 1e30  # above it a weighted value leaves float32 at once
 
