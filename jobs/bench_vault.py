@@ -25,7 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import IDS, STEADY, Bench, configuration
+from bench import STEADY
+from bench_bed import IDS, Bed, configuration
 
 from raypipe.vault.install import install
 from raypipe.vault.place import Place, Settings
@@ -65,7 +66,7 @@ def vaults(stores: Path, folder: Path) -> Iterator[None]:
             process.wait()
 
 
-def seconds_per_version(bench: Bench, said: dict[str, Any], transport: str) -> float:
+def seconds_per_version(bench: Bed, said: dict[str, Any], transport: str) -> float:
     name = f"{said['name']}-{transport}"  # a roster of its own: a vault has a key of its own
     records = bench.federate({**said, "name": name, "store": {"transport": transport}})
     versions = records["version_published"]
@@ -84,7 +85,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="a JSON line a figure")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="rpv", dir="/tmp"))  # short: sockets lie in it
-    bench, good = Bench(folder, options.repeats, quick=False), True
+    bench, good = Bed(folder, options.repeats, quick=False), True
     try:
         with vaults(bench.stores, folder / "v"):
             for name in options.only.split(","):
