@@ -43,7 +43,12 @@ def _warn_in_one_line() -> None:
 
 
 DEFAULT = Path("configs/quickstart.yaml")
-NAMED = ("orange-juice", "lending-club", "image-sales")
+NAMED = {  # data sets, and the configurations that say which stores there are
+    "orange-juice": Path("configs/orange_juice.yaml"),
+    "lending-club": Path("configs/lending_club.yaml"),
+    "image-sales": Path("configs/image_sales.yaml"),
+    "shelves": Path("configs/shelves_detection.yaml"),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,11 +77,24 @@ def _parser() -> argparse.ArgumentParser:
     check = verb("check", _check, "say what would run where and what it would move; start nothing")
     configured(check)
     data = verb(
-        "data", _data, "make private store data sets: of a configuration, or orange-juice, lending-club, image-sales"
+        "data",
+        _data,
+        "make private store data sets: of a configuration, or orange-juice, lending-club, image-sales, shelves",
     )
     configured(data)
     data.add_argument("--out", type=Path, help="default: $RAYPIPE_STORES, else ~/.raypipe/stores")
     data.add_argument("--source", help="the full data set: its folder, a .deb, or 'download'; default: see the README")
+    bring = verb("import", _import, "at a store: bring images and their labels into a data set; again: what is new")
+    bring.add_argument("kind", metavar="KIND", help="folders, yolo, coco, voc or csv")
+    bring.add_argument("folder", metavar="FOLDER", type=Path, help="where they lie")
+    bring.add_argument(
+        "--to", required=True, type=Path, metavar="DATA_SET", help="the data set's folder, e.g. data/products"
+    )
+    bring.add_argument("--annotations", type=Path, metavar="FILE", help="of coco and csv, where there are several")
+    bring.add_argument("--classes", metavar="NAME,NAME", help="these alone, in this order; default: all that are found")
+    bring.add_argument(
+        "--held-out", default="0.1,0.1", metavar="VALIDATION,TEST", help="shares, where no split is said"
+    )
     versions = verb("versions", _versions, "list a run's versions")
     versions.add_argument("which", metavar="RUN", help="a run's id, or 'last'")
     versions.add_argument("--quick", action="store_true", help="do not check that kept weights are whole")
@@ -175,11 +193,31 @@ def _data(options: argparse.Namespace, console: Console) -> int:
     from raypipe.run import load_run
 
     path = options.config_option or options.config or DEFAULT
-    if str(path) in NAMED:  # each has a configuration that says which stores there are
-        path = Path(f"configs/{str(path).replace('-', '_')}.yaml")
-    config = load_run(path, options.set)
+    config = load_run(NAMED.get(str(path), path), options.set)
     made = make_demo_stores(config, options.out or stores_home(), options.source)
     console.print(describe_stores(made), highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _import(options: argparse.Namespace, console: Console) -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from raypipe.data.importers.ingest import held_out, ingest
+    from raypipe.data.importers.sources import open_source
+
+    shares, source = held_out(options.held_out), open_source(options.kind, options.folder, options.annotations)
+    classes = [name.strip() for name in options.classes.split(",") if name.strip()] if options.classes else None
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("images", total=len(source))
+        report = ingest(
+            *(options.folder, source, options.to),
+            classes=classes,
+            shares=shares,
+            see=lambda done: progress.update(bar, completed=done),
+        )
+    for line in report.lines():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

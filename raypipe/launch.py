@@ -18,6 +18,7 @@ from raypipe.config.schema import RunConfig
 from raypipe.data.row_stores import make_row_stores
 from raypipe.data.sales import image_sales
 from raypipe.data.sample import download_full, load_full, load_sample
+from raypipe.data.shelves import make_shelves
 from raypipe.data.stores import StoreSummary, make_stores
 from raypipe.data.tables import TABLES
 from raypipe.errors import ConfigError, RaypipeError, RunError
@@ -120,20 +121,15 @@ def make_demo_stores(config: RunConfig, out: Path, source: str | None = None) ->
         sales = partial(image_sales, images, local.split, len(ids), config.seed, size_ratio=ratio, max_images=most)
         return make_row_stores(out, ids, sales, made_of, data_name=config.data)
     if source is None:
-        images = load_sample(config.local.sample)
+        images = load_sample("fashion-mnist")  # shelves are composed of it
     else:
         images = download_full(raypipe_home() / "data") if source == "download" else load_full(Path(source))
-    return make_stores(
-        out,
-        ids,
-        source=images,
-        split=config.local.split,
-        size_ratio=config.local.size_ratio,
-        camera_shift=config.local.camera_shift,
-        seed=config.seed,
-        max_images=config.local.max_images,
-        data_name=config.data,
-    )
+    local = config.local
+    said: dict[str, Any] = {"source": images, "split": local.split, "seed": config.seed, "data_name": config.data}
+    said |= {"size_ratio": local.size_ratio, "camera_shift": local.camera_shift}
+    if sample == "fashion-shelves":
+        return make_shelves(out, ids, scenes={str(name): many for name, many in local.scenes.items()}, **said)
+    return make_stores(out, ids, max_images=local.max_images, **said)
 
 
 def begin(config: RunConfig, run: str, home: str | None, mlflow: dict[str, str], *, again: bool = False) -> Any:

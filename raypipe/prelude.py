@@ -92,11 +92,11 @@ async def _closed_form(said: RunConfig, run: str, prepared: Prepared, ask: Ask) 
 
 
 def _head(said: RunConfig, task: Any) -> tuple[str, int]:
-    from raypipe.models import build
+    from raypipe.models import build_for
     from raypipe.models.heads import head_of
 
     spec = {key: value for key, value in said.model.items() if key != "pretrained"}
-    module = build(spec, task.num_outputs, task.channels, task.image_size, task.columns)
+    module = build_for(task, spec)
     name, head = head_of(module, task.num_outputs)
     return name, head.in_features
 

@@ -171,6 +171,8 @@ class Replay:
             raise RunError(f"{_name(part)} went on from the optimizer state of ticket {after}, not in the record")
         weights = self._point(self._needs.bases[seq, part["base"]]).vector
         assert weights is not None
+        if part.get("data_hash") not in (None, "", self._stores[store].content_hash(self._said.data)):
+            hints.append(f"{_name(part)} was trained on other images than lie there now")
         ticket = Ticket(
             id=part["ticket"],
             store=store,

@@ -18,7 +18,7 @@ from raypipe.coordinator.policy import Policy, pace
 from raypipe.coordinator.staleness import staleness
 from raypipe.data.split import splits
 from raypipe.errors import ConfigError, did_you_mean
-from raypipe.models import models
+from raypipe.models import DETECTORS, models
 from raypipe.registry import Registry
 from raypipe.store.optimizers import optimizers
 from raypipe.store.schedules import schedules
@@ -111,18 +111,32 @@ def part_problems(said: Mapping[str, Any]) -> list[str]:
         problems += _chain_problems(codec_list)
     judged = said.get("evaluate")
     metric = judged.get("metric", METRIC) if isinstance(judged, Mapping) else METRIC
-    return problems + _metric_problems(said.get("task", {"name": "classification"}), metric)
+    return problems + _task_problems(said.get("task", {"name": "classification"}), said.get("model"), metric)
 
 
-def _metric_problems(task: Any, metric: Any) -> list[str]:
+def _task_problems(task: Any, model: Any, metric: Any) -> list[str]:
+    """What the task, which has its own metrics and kind of model, finds wrong with the rest."""
     part = {"name": task} if isinstance(task, str) else task
     if not isinstance(part, Mapping) or not isinstance(part.get("name"), str) or _part_problems(tasks, part, "task"):
         return []  # it has been said
     try:
-        known = tasks.build(part).metrics
+        built = tasks.build(part)
     except ConfigError as error:
         return [f"task: {problem}" for problem in error.problems]
-    return [] if metric in known else [f"evaluate.metric: no metric {metric!r}.{did_you_mean(str(metric), known)}"]
+    problems = []
+    if metric not in built.metrics:
+        problems.append(f"evaluate.metric: no metric {metric!r}.{did_you_mean(str(metric), built.metrics)}")
+    name = model.get("name") if isinstance(model, Mapping) else model
+    if built.boxes is not None and name not in DETECTORS and _is_ours(name):
+        problems.append(f"model: {name} finds no boxes; take one of {', '.join(DETECTORS)}")
+    if built.boxes is None and name in DETECTORS:
+        problems.append(f"model: {name} finds boxes, which is for the task detection")
+    return problems
+
+
+def _is_ours(model: Any) -> bool:
+    """A model of raypipe's own: of a user's, nothing is known before it is built."""
+    return model in models.names() and str(models.get(model).__module__).startswith("raypipe.")
 
 
 def _part_problems(registry: Registry[Any], value: Any, key: str) -> list[str]:
@@ -160,7 +174,8 @@ def initial_of(config: RunConfig, task: Task) -> tuple[Layout, Any]:
     from raypipe.models.flat import initial
 
     shape = (task.num_outputs, task.channels, task.image_size)
-    return initial(config.model, *shape, config.seed, columns=task.columns, trained=config.train.trained)
+    more: dict[str, Any] = {"columns": task.columns, "trained": config.train.trained, "boxes": task.boxes is not None}
+    return initial(config.model, *shape, config.seed, **more)
 
 
 PHOTO_BYTES = 100_000.0  # a product photo as JPEG, where nothing better is known

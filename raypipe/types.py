@@ -3,7 +3,8 @@
 Roles decide what a federation may do with an entry (design, part 4):
 
     shared     trained together; an update carries its delta; transforms, clipping and noise see only these
-    statistic  BatchNorm means and variances; an update carries values, averaged as values
+    statistic  BatchNorm means and variances; an update carries values, averaged as values; where a variance has a mean
+               beside it, its value is the second moment about the base version's mean, so that the average is exact
     frozen     sent once, never changed by training
     local      stays at the store
     fixed      anchors, integer counters: overwritten from the base version, never averaged
@@ -22,6 +23,7 @@ from enum import StrEnum
 from typing import Any, Self
 
 WORTH_BYTES = 1 << 16  # sent apart from this size on
+MEAN, VARIANCE = "running_mean", "running_var"  # as torch's norm layers name them
 ALIGN = 16  # floats: 64 bytes, a cache line and a vector register
 
 
@@ -99,6 +101,14 @@ class Layout:
     def splits(self) -> bool:
         """Whether what no training changes is worth sending apart, and once: frozen weights, not a few counters."""
         return 4 * (self.size - self.update_size) >= WORTH_BYTES
+
+    @property
+    def moments(self) -> tuple[tuple[slice, slice], ...]:
+        """Where means and variances lie that belong to each other: statistics of the same norm layer."""
+        known = {e.name: e for e in self.entries if e.role is Role.STATISTIC}
+        means = [name for name in known if name.rpartition(".")[2] == MEAN]
+        pairs = ((known[name], known.get(name.removesuffix(MEAN) + VARIANCE)) for name in means)
+        return tuple((mean.slice, variance.slice) for mean, variance in pairs if variance is not None)
 
     @property
     def fingerprint(self) -> str:

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from raypipe.errors import ConfigError
-from raypipe.models import models
+from raypipe.models import DETECTORS, models
 from raypipe.models.flat import FlatModel, flatten, initial, layout_of, state_dict_from, vector_from
 from raypipe.tasks import losses, tasks
 from raypipe.types import Role
 
 torch.set_num_threads(1)
 OF_TABLES = ("mlp", "two_towers")
-OF_IMAGES = [name for name in models.names() if name not in OF_TABLES]
+OF_IMAGES = [name for name in models.names() if name not in (*OF_TABLES, *DETECTORS)]  # those: test_detection.py
 SMALL = [name for name in OF_IMAGES if name != "vit_b_16"]
 BATCH_NORM = {"name": "mobilenet_v3_small", "norm": "batch"}
 

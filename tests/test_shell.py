@@ -113,6 +113,7 @@ def run(
     ports: dict[str, Any],
     puts: list[int] | None = None,
     beside: Callable[[Composition], None] | None = None,
+    patience_s: float = 60,
 ) -> Composition:
     """A whole run in this process; `beside` runs in a thread."""
 
@@ -134,12 +135,12 @@ def run(
         running = asyncio.create_task(
             drive(made.machine, made.shell.perform, made.shell.inbox, made.shell.clock, made.shell.note, made.first)
         )
-        done, _ = await asyncio.wait({running, lane}, return_when=asyncio.FIRST_COMPLETED, timeout=60)
+        done, _ = await asyncio.wait({running, lane}, return_when=asyncio.FIRST_COMPLETED, timeout=patience_s)
         for task in (lane, running, *keeping):
             task.cancel()
         for task in done:
             task.result()
-        assert running in done, f"not over in 60 s: {made.machine.memory()}"
+        assert running in done, f"not over in {patience_s} s: {made.machine.memory()}"
 
     try:
         asyncio.run(work())

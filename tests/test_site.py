@@ -145,7 +145,12 @@ def test_statistics_travel_as_values_and_counters_not_at_all(tmp_path: Path) -> 
     variance = next(e for e in case.layout.entries if e.name == "features.0.1.running_var")
     assert (update[variance.slice] > 0).all()
     model = case.site._shelf.learner(case.plan, case.weights).model
-    assert np.array_equal(update[variance.slice], model.module.get_buffer("features.0.1.running_var").numpy())
+    mean = next(e for e in case.layout.entries if e.name == "features.0.1.running_mean")
+    moved = update[mean.slice] - case.weights[mean.slice]
+    assert np.array_equal(update[mean.slice], model.module.get_buffer("features.0.1.running_mean").numpy())
+    # Of a variance the second moment about the base's mean.
+    spread = model.module.get_buffer("features.0.1.running_var").numpy() + moved**2
+    assert np.allclose(update[variance.slice], spread, rtol=1e-6)
     assert update.size == case.layout.update_size < case.layout.size
 
 
@@ -279,8 +284,8 @@ def test_classes_are_matched_by_name_and_a_class_no_store_has_does_no_harm(tmp_p
     plan = {"task": {**TASK, "classes": names}, "layout": case.layout.fingerprint}
     assert case.train({"max_epochs": 8}, **plan).steps == 24
     _, images = next(iter(case.site._shelf._images.items()))
-    assert images._labels.unique().tolist() == [1, 2, 3]
-    assert images._labels[:3].tolist() == [3, 2, 1]
+    assert images._targets._labels.unique().tolist() == [1, 2, 3]
+    assert images._targets._labels[:3].tolist() == [3, 2, 1]
 
 
 def test_weights_of_another_shape_or_type_are_refused(case: Case) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from raypipe.aggregation.fold import Accumulator, Weighted
-from raypipe.aggregation.transforms import Transform, apply
+from raypipe.aggregation.transforms import AVERAGE, Transform, apply, averaged
 from raypipe.errors import RunError, UpdateRejected
 from raypipe.types import Layout
 from raypipe.update.codec import decode_chain
@@ -47,6 +47,13 @@ class GlobalModel:
     def state(self) -> dict[str, np.ndarray]:
         """The server transform's state, as it is after the newest version; changes with the next step."""
         return {name: tensor.numpy() for name, tensor in self._state.items()}
+
+    @property
+    def average(self) -> np.ndarray | None:
+        """The running average of the versions as a whole vector of its own; None where the transform keeps none."""
+        if AVERAGE not in self._state:
+            return None
+        return averaged(self._weights, self.layout, self._state[AVERAGE]).numpy()
 
     def restore(self, weights: np.ndarray, state: Mapping[str, np.ndarray]) -> None:
         """Be as after that version. Raises RunError when the state is not this transform's."""

@@ -29,7 +29,7 @@ from raypipe.tracking.actor import MlflowFollower
 RETRY_S = 5.0
 FIRST = 1  # the epoch of a run's first coordinator
 DRAIN_S = 30.0  # how long the end waits for MLflow
-Judged: TypeAlias = tuple[list[dict[str, Any]], dict[str, float]]
+Judged: TypeAlias = tuple[list[dict[str, Any]], dict[str, float], dict[str, float]]  # as `conclude` gives it
 
 
 class Coordinator:
@@ -202,10 +202,15 @@ class Coordinator:
             ports = {s: p for s, p in shell.ports.items() if s in self._keeping and s != made.config.evaluate.central}
             kwargs = {"seed": made.config.seed, "epoch": made.epoch, "first": handles[0], "best": handles[1]}
             kwargs["notary"] = made.notary
+            if (average := shell.model.average) is not None:
+                kwargs["average"] = ray.put(average)
             judging = conclude(ports, made.board, made.plan, alone=made.config.evaluate.alone, test=judge, **kwargs)
-            table, test = await self._unless_stopped(judging) or (unjudged(made.board), {})
+            nothing: Judged = (unjudged(made.board), {}, {})
+            table, test, averaged = await self._unless_stopped(judging) or nothing
         reason = made.ending(self._stop_reason)
         final = {"best_version": best, "test": test, "table": table, "reason": reason}
+        if averaged:
+            final["average"] = averaged
         await asyncio.to_thread(shell.record, "final", final)
         status = "failed" if failed else "killed" if stopped else "finished"
         finished = {"reason": reason, "status": status, "versions": machine.version, "best_version": best}

@@ -55,6 +55,7 @@ class Trained:
     loss: float
     at: float
     after: str = ""  # the ticket whose optimizer state it went on from
+    data_hash: str = ""  # of the store's data set as it was then
 
 
 @dataclass(frozen=True, slots=True)

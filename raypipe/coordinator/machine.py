@@ -252,6 +252,7 @@ class Coordinator:
         ticket.phase = Phase.TRAINED
         ticket.steps, ticket.examples, ticket.num_train = event.steps, event.examples, event.num_train
         ticket.seconds, ticket.loss, ticket.after = event.seconds, event.loss, event.after
+        ticket.data_hash = event.data_hash
         if event.seconds > 0:
             self.members[ticket.store].speed = event.steps / event.seconds
         return []
@@ -666,4 +667,5 @@ def _contribution(ticket: Ticket, total: float) -> do.Contribution:
         progress=ticket.asked.progress[0],
         repeat=ticket.asked.repeat,
         after=ticket.after,
+        data_hash=ticket.data_hash or None,
     )

@@ -70,6 +70,8 @@ class Model(Protocol):
     def fold(self, portions: Sequence[tuple[np.ndarray, float, int | None]]) -> dict[int, str]: ...
     @property
     def state(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def average(self) -> np.ndarray | None: ...
     def step(self, full_weight: float, statistic_mix: float) -> float: ...
 
 
@@ -267,6 +269,7 @@ class Shell:
             report.loss,
             self.clock(),
             report.after,
+            report.data_hash,
         )
 
     async def _collect(self, action: do.Collect) -> ev.Event:

@@ -43,6 +43,7 @@ class Ticket:
     seconds: float = 0.0
     loss: float = 0.0
     after: str = ""
+    data_hash: str = ""
     num_bytes: int = 0
     worth: float = 0.0  # its weight were it not stale
     weight: float = 0.0

@@ -7,6 +7,7 @@ A reader is a function `(folder, name) -> StoreData`. A user's own comes in by p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -21,6 +22,20 @@ Labels: TypeAlias = NDArray[np.int64]
 Mask: TypeAlias = NDArray[np.bool_]
 
 
+@dataclass(frozen=True, slots=True)
+class BoxTable:
+    """The boxes of N images, M in all: image i has those from offsets[i] to offsets[i + 1]."""
+
+    offsets: NDArray[np.int64]  # (N + 1,)
+    labels: Labels  # (M,)
+    boxes: NDArray[np.float32]  # (M, 4): left, top, width, height in the image's own pixels
+    ignored: Mask  # (M,): crowds and what is marked difficult: neither learned nor counted
+    sizes: NDArray[np.int64]  # (N, 2): each image's width and height
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
 class ImageSplit(Protocol):
     """One split of a data set: labelled images that are decoded when asked for."""
 
@@ -28,12 +43,19 @@ class ImageSplit(Protocol):
 
     @property
     def labels(self) -> Labels:
-        """(N,), in the order of the images."""
+        """(N,), in the order of the images; empty where images have boxes."""
+
+    @property
+    def boxes(self) -> BoxTable | None:
+        """None where each image has one label."""
 
     def decode(
-        self, indices: NDArray[np.integer], *, size: int, channels: int, threads: int = 1
+        self, indices: NDArray[np.integer], *, size: int, channels: int, threads: int = 1, letterbox: bool = False
     ) -> tuple[Pixels, Mask]:
-        """(n, channels, size, size), contiguous, RGB; and (n,), False where an image is broken and its row zero."""
+        """(n, channels, size, size), contiguous, RGB; and (n,), False where an image is broken and its row zero.
+
+        `letterbox`: another shape is fitted into the square and the rest filled; else it is stretched.
+        """
 
 
 @runtime_checkable

@@ -24,16 +24,19 @@ PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8"
 _MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)  # not stuffing, not a restart inside a scan
 _END_OF_IMAGE = 0xD9
+FILL = 114  # grey, beside a letterboxed image
 
 cv2.setNumThreads(1)  # a store uses its CPU share and no more
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a line about an image would leave by Ray's logs
 
 
-def decode_images(blobs: Sequence[Blob], *, size: int, channels: int, threads: int = 1) -> tuple[Pixels, Mask]:
+def decode_images(
+    blobs: Sequence[Blob], *, size: int, channels: int, threads: int = 1, letterbox: bool = False
+) -> tuple[Pixels, Mask]:
     """Pixels (n, channels, size, size) and which of them could be decoded; the others are zero.
 
     Channels are 1 (grey) or 3 (RGB). EXIF orientation is respected; another shape is resized to the square,
-    not cropped. Threads pay for photographs, not for thumbnails.
+    not cropped, or with `letterbox` fitted into it. Threads pay for photographs, not for thumbnails.
     """
     if channels not in (1, 3):
         raise ConfigError(f"images have 1 or 3 channels, not {channels}")
@@ -44,7 +47,8 @@ def decode_images(blobs: Sequence[Blob], *, size: int, channels: int, threads: i
         for i in range(first, len(blobs), threads):
             image = _decode(blobs[i], channels)
             if image is not None:
-                pixels[i] = _resize(image, size).reshape(size, size, channels).transpose(2, 0, 1)
+                square = _letterboxed(image, size) if letterbox else _resize(image, size, size)
+                pixels[i] = square.reshape(size, size, channels).transpose(2, 0, 1)
                 good[i] = True
 
     if threads == 1:
@@ -73,13 +77,26 @@ def _decode(blob: Blob, channels: int) -> Pixels | None:
     return None if image is None else np.asarray(image, np.uint8)
 
 
-def _resize(image: Pixels, size: int) -> Pixels:
+def fitted(width: int, height: int, size: int) -> tuple[int, int, int, int]:
+    """Where an image lies in a square of this size: left, top, width, height; its shape kept, in the middle."""
+    scale = size / max(width, height, 1)
+    wide, high = max(1, round(width * scale)), max(1, round(height * scale))
+    return (size - wide) // 2, (size - high) // 2, wide, high
+
+
+def _letterboxed(image: Pixels, size: int) -> Pixels:
+    left, top, wide, high = fitted(image.shape[1], image.shape[0], size)
+    square = np.full((size, size, *image.shape[2:]), FILL, np.uint8)
+    square[top : top + high, left : left + wide] = _resize(image, wide, high)
+    return square
+
+
+def _resize(image: Pixels, wide: int, high: int) -> Pixels:
     height, width = image.shape[:2]
-    if (height, width) == (size, size):
+    if (height, width) == (high, wide):
         return image
-    shrinks = height >= size and width >= size
-    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(image, (size, size), interpolation=how), np.uint8)
+    how = cv2.INTER_AREA if height >= high and width >= wide else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, (wide, high), interpolation=how), np.uint8)
 
 
 def _is_whole_png(raw: memoryview) -> bool:

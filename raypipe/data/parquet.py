@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raypipe.data.dataset import ImageSplit, Labels, Mask, Pixels, StoreData, readers
+from raypipe.data.dataset import BoxTable, ImageSplit, Labels, Mask, Pixels, StoreData, readers
 from raypipe.data.decode import Blob, decode_images
 from raypipe.data.schema import SPLITS, OpenSplit, open_split, schema_of
 from raypipe.errors import ConfigError, StoreRefused, did_you_mean
@@ -25,27 +25,33 @@ HELD_BYTES = 256 << 20  # of undecoded images in memory, for each split; more is
 class ParquetSplit:
     """One split. Row groups are read at first use and the latest are kept, so that any size of data set works."""
 
-    def __init__(self, opened: OpenSplit, where: str) -> None:
+    def __init__(self, parts: Sequence[OpenSplit], where: str) -> None:
         self._where = where
-        self._file = opened.file
-        self._labels = opened.labels
-        rows = [opened.file.metadata.row_group(g).num_rows for g in range(opened.file.num_row_groups)]
+        self._groups = [(part.file, g) for part in parts for g in range(part.file.num_row_groups)]
+        rows = [file.metadata.row_group(g).num_rows for file, g in self._groups]
         self._starts = np.cumsum([0, *rows])
+        self._labels = np.concatenate([part.labels for part in parts])
+        self._boxes = joined([part.boxes for part in parts if part.boxes is not None])
         self._held: OrderedDict[int, Any] = OrderedDict()
         self._lock = Lock()  # a trainer may decode ahead in a thread
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return int(self._starts[-1])
 
     @property
     def labels(self) -> Labels:
         return self._labels
 
+    @property
+    def boxes(self) -> BoxTable | None:
+        return self._boxes
+
     def decode(
-        self, indices: NDArray[np.integer], *, size: int, channels: int, threads: int = 1
+        self, indices: NDArray[np.integer], *, size: int, channels: int, threads: int = 1, letterbox: bool = False
     ) -> tuple[Pixels, Mask]:
         """As ImageSplit says. Raises StoreRefused for a damaged file, IndexError for an index beyond the split."""
-        return decode_images(self._read(np.asarray(indices)), size=size, channels=channels, threads=threads)
+        blobs = self._read(np.asarray(indices))
+        return decode_images(blobs, size=size, channels=channels, threads=threads, letterbox=letterbox)
 
     def _read(self, indices: NDArray[np.integer]) -> list[Blob]:
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
@@ -61,8 +67,11 @@ class ParquetSplit:
 
     def _group(self, group: int) -> Any:
         if group not in self._held:
+            file, number = self._groups[group]
+            column = "image" if self._boxes is None else "image.bytes"
             try:
-                self._held[group] = self._file.read_row_group(group, columns=["image"]).column(0).combine_chunks()
+                found: Any = file.read_row_group(number, columns=[column]).column(0).combine_chunks()
+                self._held[group] = found if self._boxes is None else found.field(0)
             except (OSError, pa.ArrowException):  # their messages may hold a path
                 raise StoreRefused(f"{self._where} is damaged: not all of its images can be read") from None
             while len(self._held) > 1 and sum(column.nbytes for column in self._held.values()) > HELD_BYTES:
@@ -72,16 +81,19 @@ class ParquetSplit:
 
 
 class ParquetData:
-    """A folder with train.parquet and, if there are any, validation.parquet and test.parquet."""
+    """A folder with train.parquet and, if there are any, validation.parquet and test.parquet.
 
-    def __init__(self, name: str, opened: Mapping[str, OpenSplit]) -> None:
+    What was added later lies beside them, as train-00001.parquet and so on.
+    """
+
+    def __init__(self, name: str, opened: Mapping[str, Sequence[OpenSplit]]) -> None:
         self._name = name
         self._opened = opened
         self._splits: dict[str, ImageSplit] = {}
-        hashes = {split: found.content_hash for split, found in opened.items()}
+        hashes = {split: _joint_hash([part.content_hash for part in parts]) for split, parts in opened.items()}
         self.content_hash = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-        self.counts = {split: len(found.labels) for split, found in opened.items()}
-        self.classes = opened["train"].classes
+        self.counts = {split: sum(p.file.metadata.num_rows for p in parts) for split, parts in opened.items()}
+        self.classes = max((part.classes for parts in opened.values() for part in parts), key=len)
 
     def split(self, name: str) -> ImageSplit:
         """A split; an empty one too, except for training."""
@@ -96,7 +108,7 @@ class ParquetData:
 
 @readers("parquet")
 def parquet(folder: Path, name: str) -> StoreData:
-    """raypipe's own format: labelled images, or rows of a table, as train.parquet says of itself.
+    """raypipe's own format: images with a label or with boxes, or rows of a table, as train.parquet says of itself.
 
     Raises ConfigError if there is none or a file is not as its schema says.
     """
@@ -104,13 +116,36 @@ def parquet(folder: Path, name: str) -> StoreData:
         from raypipe.data.rows import open_rows
 
         return open_rows(folder, name)
-    opened = {
-        split: open_split(folder / f"{split}.parquet", name=name, split=split)
-        for split in SPLITS
-        if (folder / f"{split}.parquet").exists()
-    }
+    files = {split: parts_of(folder, split) for split in SPLITS}
+    opened = {split: [open_split(p, name=name, split=split) for p in parts] for split, parts in files.items() if parts}
     if "train" not in opened:
         raise ConfigError(f"data set {name!r} has no train.parquet; the other splits may be missing, not this one")
-    if len({found.classes for found in opened.values()}) > 1:
+    parts = [part for found in opened.values() for part in found]
+    if len({part.boxes is None for part in parts}) > 1:
+        raise ConfigError(f"data set {name!r} mixes images with one label and images with boxes; keep them apart")
+    longest = max((part.classes for part in parts), key=len)
+    if any(part.classes != longest[: len(part.classes)] for part in parts):
         raise ConfigError(f"the splits of data set {name!r} differ in their classes; one list must hold for all")
     return ParquetData(name, opened)
+
+
+def parts_of(folder: Path, split: str) -> list[Path]:
+    """The files of a split, in the order in which they were added."""
+    first = folder / f"{split}.parquet"
+    return [*([first] if first.exists() else []), *sorted(folder.glob(f"{split}-[0-9]*.parquet"))]
+
+
+def joined(tables: Sequence[BoxTable]) -> BoxTable | None:
+    """One table of many; None for none."""
+    if not tables:
+        return None
+    starts = np.cumsum([0, *(len(t.labels) for t in tables)])
+    offsets = [t.offsets[:-1] + start for t, start in zip(tables, starts, strict=False)]
+    return BoxTable(
+        np.concatenate([*offsets, starts[-1:]]),
+        *(np.concatenate([getattr(t, name) for t in tables]) for name in ("labels", "boxes", "ignored", "sizes")),
+    )
+
+
+def _joint_hash(hashes: Sequence[str]) -> str:
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

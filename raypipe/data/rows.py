@@ -89,7 +89,7 @@ class RowsSplit:
         if IMAGE not in self._names or not pa.types.is_binary(self._file.schema_arrow.field(IMAGE).type):
             raise StoreRefused(f"{self._where} has no images, the task needs one a row")
         opened = OpenSplit(self._file, np.zeros(len(self), np.int64), (), self.content_hash)
-        return ImagesOfRows(ParquetSplit(opened, self._where), chosen)
+        return ImagesOfRows(ParquetSplit([opened], self._where), chosen)
 
     def _read(self, name: str) -> Any:
         try:

@@ -1,5 +1,7 @@
 """Schema v1 of classification images: one Parquet file a split, a data set is a folder of them.
 
+Images with boxes have another: see detection.py.
+
     columns    image_id string, image binary (the bytes of a PNG or JPEG file), label, width, height int32
     metadata   raypipe.schema   kind and version, "classification/1"
                raypipe.classes  JSON list of names, by label
@@ -26,7 +28,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raypipe.data.dataset import Labels
+from raypipe.data import detection
+from raypipe.data.dataset import BoxTable, Labels
 from raypipe.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
@@ -49,6 +52,7 @@ class OpenSplit:
     labels: Labels
     classes: tuple[str, ...]
     content_hash: str
+    boxes: BoxTable | None = None
 
 
 def write_split(
@@ -93,11 +97,14 @@ def open_split(path: Path, *, name: str, split: str) -> OpenSplit:
     try:
         file = pq.ParquetFile(pa.memory_map(str(path)))
         metadata = _metadata(file)
-        _check_schema(file, metadata, where)
-        labels = file.read(columns=["label"]).column(0)
+        boxed = _check_schema(file, metadata, where)
         classes = tuple(map(str, json.loads(metadata["raypipe.classes"])))
-        _check_rows(file, metadata, labels, len(classes), where)
-        return OpenSplit(file, _integers(labels).astype(np.int64), classes, metadata["raypipe.sha256"])
+        _check_rows(file, metadata, where)
+        if boxed:
+            table, labels = detection.read_boxes(file, len(classes), where), np.zeros(0, np.int64)
+        else:
+            table, labels = None, _read_labels(file, len(classes), where)
+        return OpenSplit(file, labels, classes, metadata["raypipe.sha256"], table)
     except OSError as error:
         raise ConfigError(f"{where} cannot be read: {reason(error)}") from None
     except (pa.ArrowException, ValueError, TypeError):  # their messages hold paths and values
@@ -131,19 +138,29 @@ def reason(error: OSError) -> str:
 
 
 def _metadata(file: pq.ParquetFile) -> dict[str, str]:
-    pairs: dict[bytes, bytes] = file.schema_arrow.metadata or {}
+    pairs = dict(file.metadata.metadata or {})
     return {key.decode(): value.decode() for key, value in pairs.items() if key.startswith(b"raypipe.")}
 
 
-def _check_schema(file: pq.ParquetFile, metadata: dict[str, str], where: str) -> None:
+def _check_schema(file: pq.ParquetFile, metadata: dict[str, str], where: str) -> bool:
+    """Whether its images have boxes."""
     found = metadata["raypipe.schema"]
-    if found != SCHEMA:
+    kinds = {SCHEMA: TYPES, detection.SCHEMA: detection.TYPES}
+    if found not in kinds:
         known = found if re.fullmatch(r"[a-z]{1,30}/\d{1,6}", found) else "an unknown one"
-        raise ConfigError(f"{where} has schema {known}; this raypipe reads {SCHEMA}")
-    for name, type_ in TYPES.items():
+        raise ConfigError(f"{where} has schema {known}; this raypipe reads {' and '.join(kinds)}")
+    for name, type_ in kinds[found].items():
         index = file.schema_arrow.get_field_index(name)
-        if index < 0 or file.schema_arrow.field(index).type != type_:
+        if index < 0 or not _same(file.schema_arrow.field(index).type, type_):
             raise ConfigError(f"{where} needs a column {name} of type {type_}")
+    return found == detection.SCHEMA
+
+
+def _same(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Lists may name their items as they like."""
+    if pa.types.is_list(found) and pa.types.is_list(wanted):
+        return bool(found.value_type == wanted.value_type)
+    return bool(found == wanted)
 
 
 def _integers(column: Any) -> NDArray[np.int32]:
@@ -154,10 +171,15 @@ def _integers(column: Any) -> NDArray[np.int32]:
     return np.frombuffer(chunk.buffers()[1], np.int32, len(chunk), offset=4 * chunk.offset)
 
 
-def _check_rows(file: pq.ParquetFile, metadata: dict[str, str], labels: Any, num_classes: int, where: str) -> None:
+def _check_rows(file: pq.ParquetFile, metadata: dict[str, str], where: str) -> None:
     rows, stated = file.metadata.num_rows, int(metadata["raypipe.rows"])
     if rows != stated:
         raise ConfigError(f"{where} has {rows} rows; its metadata says {stated}")
+
+
+def _read_labels(file: pq.ParquetFile, num_classes: int, where: str) -> Labels:
+    labels = file.read(columns=["label"]).column(0)
     values = np.zeros(0) if labels.null_count else _integers(labels)
-    if labels.null_count or (rows and not 0 <= values.min() <= values.max() < num_classes):
+    if labels.null_count or (len(values) and not 0 <= values.min() <= values.max() < num_classes):
         raise ConfigError(f"{where} has labels outside its {num_classes} classes")
+    return values.astype(np.int64)

@@ -49,7 +49,7 @@ max_upload_bytes: 1000000000  # per update
 
 @dataclass(frozen=True, slots=True)
 class StoreSummary:
-    """What a store has; `histogram` counts its training images by class, `made` is False if it was there already."""
+    """What a store has; `histogram` counts training images, or boxes, by class; not `made`: it was there already."""
 
     store: str
     policy: Path
@@ -96,7 +96,7 @@ def make_stores(
             wanting = [s for s in store_ids if not is_made(out / s, s, data_name, recipe)]
             if wanting:
                 _make_stores(out, wanting, data_name, source, mix, recipe)
-            return [_summary(out, store, data_name, made=store in wanting) for store in store_ids]
+            return [summary(out, store, data_name, made=store in wanting) for store in store_ids]
     except OSError as error:
         raise RunError(f"the stores' data sets cannot be written: {reason(error)}") from None
 
@@ -129,15 +129,21 @@ def check_names(store_ids: Sequence[str], data_name: str) -> list[str]:
 def _check(
     store_ids: Sequence[str], data_name: str, size_ratio: float, camera_shift: float, max_images: int | None
 ) -> None:
+    problems = problems_of(store_ids, data_name, size_ratio, camera_shift)
+    if max_images is not None and max_images < len(store_ids):
+        problems.append(f"max_images is {max_images} for {len(store_ids)} stores; each needs at least one")
+    if problems:
+        raise ConfigError(problems)
+
+
+def problems_of(store_ids: Sequence[str], data_name: str, size_ratio: float, camera_shift: float) -> list[str]:
+    """What is wrong with the settings of private data sets, a line each."""
     problems = check_names(store_ids, data_name)
     if not 1 <= size_ratio < float("inf"):
         problems.append(f"size_ratio is at least 1; found {size_ratio}")
     if not 0 <= camera_shift <= 1:
         problems.append(f"camera_shift is between 0 and 1; found {camera_shift}")
-    if max_images is not None and max_images < len(store_ids):
-        problems.append(f"max_images is {max_images} for {len(store_ids)} stores; each needs at least one")
-    if problems:
-        raise ConfigError(problems)
+    return problems
 
 
 @contextmanager
@@ -276,9 +282,12 @@ def _policy(store: str, made: dict[str, list[str]]) -> str:
     )
 
 
-def _summary(out: Path, store: str, data_name: str, *, made: bool) -> StoreSummary:
+def summary(out: Path, store: str, data_name: str, *, made: bool) -> StoreSummary:
+    """What lies there now."""
     data = open_data(out / store / "data" / data_name, name=data_name)
-    histogram = np.bincount(data.split("train").labels, minlength=len(data.classes))
+    train = data.split("train")
+    labels = train.labels if train.boxes is None else train.boxes.labels
+    histogram = np.bincount(labels, minlength=len(data.classes))
     return StoreSummary(
         store=store,
         policy=out / store / "policy.yaml",

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raypipe.errors import ConfigError
 from raypipe.registry import Registry, Spec
+
+if TYPE_CHECKING:
+    from raypipe.tasks import Task
 
 MODULES = (
     "raypipe.models.small_cnn",
     "raypipe.models.torchvision_models",
     "raypipe.models.tables",
     "raypipe.models.efficientnet",
+    "raypipe.models.torchvision_detectors",
+    "raypipe.models.yolov5",
+)
+DETECTORS = (  # as models/detector.py says
+    *(f"yolov5{scale}" for scale in "nsmlx"),
+    *("ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"),
 )
 
 # A part is called with (num_outputs, channels, image_size) and returns an nn.Module; naming one costs no torch.
@@ -20,7 +29,9 @@ MODULES = (
 models: Registry[Any] = Registry("model", modules=MODULES)
 
 
-def build(spec: Spec, num_outputs: int, channels: int, image_size: int, columns: int = 0) -> Any:
+def build(
+    spec: Spec, num_outputs: int, channels: int, image_size: int, columns: int = 0, *, boxes: bool = False
+) -> Any:
     """A model for what a task reads. Raises ConfigError where the model reads something else."""
     name = spec["name"]
     places = [p for p in inspect.signature(models.get(name)).parameters.values() if p.kind is not p.KEYWORD_ONLY]
@@ -28,7 +39,16 @@ def build(spec: Spec, num_outputs: int, channels: int, image_size: int, columns:
         raise ConfigError(f"model {name} reads images only, the task's rows have columns: take two_towers or mlp")
     if not columns and len(places) > 3:
         raise ConfigError(f"model {name} reads table columns, and the task has none")
-    return models.build(spec, num_outputs, channels, image_size, *((columns,) if columns else ()))
+    module = models.build(spec, num_outputs, channels, image_size, *((columns,) if columns else ()))
+    if boxes != (hasattr(module, "detect") and hasattr(module, "loss")):
+        raise ConfigError(f"model {name} finds {'no boxes' if boxes else 'boxes'}, which is not what the task needs")
+    return module
 
 
-__all__ = ["build", "models"]
+def build_for(task: Task, spec: Spec) -> Any:
+    """A model for this task; see `build`."""
+    shape = (task.num_outputs, task.channels, task.image_size, task.columns)
+    return build(spec, *shape, boxes=task.boxes is not None)
+
+
+__all__ = ["DETECTORS", "build", "build_for", "models"]

@@ -93,11 +93,13 @@ def initial(
     seed: int,
     columns: int = 0,
     trained: Trained = "all",
+    *,
+    boxes: bool = False,
 ) -> tuple[Layout, Array]:
     """A new model's layout and its weights: equal for equal seeds, the process's own random state untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module: nn.Module = build(model, num_outputs, channels, image_size, columns)
+        module: nn.Module = build(model, num_outputs, channels, image_size, columns, boxes=boxes)
     freeze(module, trained, num_outputs)
     layout = layout_of(module)
     return layout, flatten(module, layout)
@@ -157,7 +159,11 @@ class FlatModel:
 
     def update(self, base: Array, out: Array | None = None) -> tuple[Array, bool]:
         """A vector of `layout.update_size`, `out` if given: shared entries as local - base, statistics as values.
-        And whether all of it is finite: looked at block by block, while a block is in the core's own cache."""
+        And whether all of it is finite: looked at block by block, while a block is in the core's own cache.
+
+        Of a variance the second moment about the base's mean is sent: the mean of those, less the square of how far
+        the mean itself has moved, is the variance over all stores' images, the spread between stores included.
+        """
         size, shared = self.layout.update_size, self.layout.shared
         if self._host is not self.vector:
             self._host[:size].copy_(self.vector[:size])
@@ -170,6 +176,8 @@ class FlatModel:
                 np.subtract(local[block], base[block], out=update[block])
                 total += float(update[block].sum())
             update[shared.stop :] = local[shared.stop : size]
+            for mean, variance in self.layout.moments:
+                update[variance] += np.square(update[mean] - base[mean])
             total += float(update[shared.stop :].sum())
         return update, math.isfinite(total)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from raypipe.data.dataset import ImageSplit, RowImages
 from raypipe.errors import StoreRefused
+from raypipe.store.targets import Targets
 from raypipe.tasks import Task
 
 Indices: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
-Batch: TypeAlias = tuple[Any, Tensor]  # inputs as a task prepares them: uint8 (n, channels, size, size); int64 (n,)
+Batch: TypeAlias = tuple[Any, Tensor]  # inputs as a task prepares them, and targets; both as tasks/task.py says
 CHUNK = 4096  # images decoded at once into the cache
 
 
@@ -48,7 +50,7 @@ class Examples(Protocol):
 
 
 class Images:
-    """A split of a store's data, labels numbered as the task numbers them.
+    """A split of a store's data with its targets, numbered as the task numbers its classes.
 
     `num` is what batches draw from: the readable images when they are cached, else all, of which unreadable ones
     drop out of their batches.
@@ -57,7 +59,7 @@ class Images:
     def __init__(
         self,
         split: ImageSplit | RowImages,
-        labels: np.ndarray,
+        targets: Targets,
         task: Task,
         *,
         what: str,
@@ -68,13 +70,13 @@ class Images:
         self.num_bytes = self.total * task.channels * task.image_size**2
         self.bad: set[int] = set()
         self._split, self._task, self._what, self._threads = split, task, what, threads
-        self._labels = torch.from_numpy(labels)
+        self._targets = targets
         self._pixels: Tensor | None = None
         if self.num_bytes <= max_bytes:
             self._cache()
         else:
             self.num_bytes = 0
-        self.num = len(self._labels)
+        self.num = len(self._targets)
 
     def check(self, max_bad_share: float) -> None:
         """Raises StoreRefused when more images than this share could not be read so far."""
@@ -95,15 +97,16 @@ class Images:
         if device.type == "cpu":
             yield from source
             return
-        for pixels, labels in source:
+        for pixels, targets in source:
             yield (
                 pixels.pin_memory().to(device, non_blocking=True),
-                labels.pin_memory().to(device, non_blocking=True),
+                targets.pin_memory().to(device, non_blocking=True),
             )
 
     def _decode(self, indices: Indices) -> tuple[Tensor, Indices]:
-        task = self._task
-        pixels, good = self._split.decode(indices, size=task.image_size, channels=task.channels, threads=self._threads)
+        task, square = self._task, {} if self._task.boxes is None else {"letterbox": True}
+        decode: Any = partial(self._split.decode, size=task.image_size, channels=task.channels, threads=self._threads)
+        pixels, good = decode(indices, **square)  # a user's own reader of labels may know of no letterbox
         if good.all():
             return torch.from_numpy(pixels), indices
         self.bad.update(indices[~good].tolist())
@@ -121,13 +124,12 @@ class Images:
             kept.append(good)
         self._pixels = pixels[:filled]
         if self.bad:
-            self._labels = self._labels[torch.from_numpy(np.concatenate(kept))]
+            self._targets = self._targets.only(np.concatenate(kept))
 
     def _cached(self, picks: Iterable[Indices]) -> Iterator[Batch]:
         assert self._pixels is not None
         for pick in picks:
-            index = torch.from_numpy(pick)
-            yield self._pixels.index_select(0, index), self._labels.index_select(0, index)
+            yield self._pixels.index_select(0, torch.from_numpy(pick)), self._targets.take(pick)
 
     def _decoded(self, picks: Iterable[Indices], max_bad_share: float) -> Iterator[Batch]:
         with ThreadPoolExecutor(1, "decode") as pool:
@@ -137,7 +139,7 @@ class Images:
                 pixels, good = waiting.pop().result()
                 waiting = [pool.submit(self._decode, pick) for pick in _first(ahead)]
                 self.check(max_bad_share)
-                yield pixels, self._labels[torch.from_numpy(good)]
+                yield pixels, self._targets.take(good)
 
 
 def _first(picks: Iterator[Indices]) -> list[Indices]:
@@ -162,20 +164,3 @@ def batches_per_epoch(num: int, batch_size: int, smallest: int) -> int:
 def in_order(num: int, batch_size: int) -> Iterator[Indices]:
     """Each image once."""
     return (np.arange(start, min(start + batch_size, num)) for start in range(0, num, batch_size))
-
-
-def numbered(labels: Indices, classes: tuple[str, ...], task: Task, what: str) -> Indices:
-    """A store's labels in the task's numbering, matched by class name if the task has names.
-
-    Raises StoreRefused, without a label or a name, when an image's class is not the task's.
-    """
-    if task.classes is None:
-        outside = labels.size and not 0 <= labels.min() <= labels.max() < task.num_outputs
-    else:
-        place = {name: index for index, name in enumerate(task.classes)}
-        table = np.array([*(place.get(name, -1) for name in classes), -1], np.int64)
-        labels = table[np.where((labels >= 0) & (labels < len(classes)), labels, len(classes))]
-        outside = labels.size and labels.min() < 0
-    if outside:
-        raise StoreRefused(f"{what} holds labels outside the task's {task.num_outputs} classes")
-    return np.array(labels, np.int64)

@@ -32,6 +32,7 @@ class Admitted:
     limits: Limits
     control: Control
     base: Base | None = None  # in a run that keeps a ledger
+    data_hash: str = ""  # of the data set that the images are of
 
 
 def learn(

@@ -42,7 +42,7 @@ NEW = {
     "Card": {"key", "head_size", "code"},
     "Plan": {"update", "trained"},
     "Ticket": {"base"},
-    "Report": {"digest", "signature", "cosignature", "after"},
+    "Report": {"digest", "signature", "cosignature", "after", "data_hash"},
 }
 
 Part: TypeAlias = dict[str, Any]  # a part's name and its settings, as in the configuration
@@ -150,6 +150,7 @@ class Report:
     signature: str = ""  # over `ledger.offline.update_statement`
     cosignature: dict[str, Any] | None = None  # of the head that the base's proof was under
     after: str = ""  # the ticket whose optimizer state it went on from; empty: it began anew
+    data_hash: str = ""  # of the data set as it was then: images may be added from ticket to ticket
 
 
 @dataclass(frozen=True, slots=True)

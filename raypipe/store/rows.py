@@ -11,6 +11,7 @@ import torch
 from raypipe.data.dataset import TableSplit
 from raypipe.errors import StoreRefused
 from raypipe.store.batches import Batch, Images, Indices
+from raypipe.store.targets import Labels
 from raypipe.tasks import Task
 from raypipe.tasks.task import Columns
 
@@ -39,7 +40,7 @@ class Rows:
         if columns.image:
             place = np.arange(len(good))  # in the table, in an image's label's stead
             room = max(0, max_bytes - self.table.nbytes)
-            self._images = Images(split.images(good), place, task, what=what, max_bytes=room, threads=threads)
+            self._images = Images(split.images(good), Labels(place), task, what=what, max_bytes=room, threads=threads)
 
     @property
     def num(self) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,16 +15,18 @@ from torch import nn
 
 from raypipe.data.dataset import StoreData, TableSplit, open_data
 from raypipe.errors import StoreRefused
-from raypipe.models import build
+from raypipe.models import build_for
 from raypipe.models.flat import FlatModel, layout_of
 from raypipe.models.heads import freeze
-from raypipe.store.batches import Examples, Images, numbered
+from raypipe.store.batches import Examples, Images
 from raypipe.store.messages import Plan
 from raypipe.store.policy import Policy
 from raypipe.store.rows import Rows
+from raypipe.store.targets import targets_of
 from raypipe.tasks import Task, tasks
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+Stamp: TypeAlias = tuple[tuple[str, int, int], ...]  # of a folder's files: name, bytes, time of change
 
 MODELS = 4  # built models that are kept
 
@@ -35,20 +39,34 @@ class Learner:
     task: Task
 
 
+def _stamp(folder: Path) -> Stamp:
+    """Different when files came, went or changed; nothing for a folder that is not there."""
+    try:
+        with os.scandir(folder) as entries:
+            seen = [(e.name, e.stat()) for e in entries if e.is_file() and not e.name.startswith(".")]
+    except OSError:
+        return ()
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in seen))
+
+
 class Shelf:
     """`cache_bytes` of decoded images are kept for each data set; what is beyond is decoded for each batch."""
 
     def __init__(self, policy: Policy, device: torch.device, *, threads: int, cache_bytes: int) -> None:
         self._policy, self._device, self._threads, self._cache_bytes = policy, device, threads, cache_bytes
         self._data: dict[str, StoreData] = {}
+        self._stamps: dict[str, Stamp] = {}
         self._images: dict[tuple[Any, ...], Examples] = {}
         self._learners: OrderedDict[str, Learner] = OrderedDict()
 
     def data(self, name: str) -> StoreData:
         """A data set that the policy offers. Raises ConfigError when it cannot be read."""
-        if name not in self._data:
-            offered = self._policy.data[name]
+        offered = self._policy.data[name]
+        stamp = _stamp(offered.folder)
+        if name not in self._data or stamp != self._stamps[name]:  # images were added since
             self._data[name] = open_data(offered.folder, name=name, reader=offered.reader)
+            self._stamps[name] = stamp
+            self._images = {key: images for key, images in self._images.items() if key[0] != name}
         return self._data[name]
 
     def num_bytes(self, name: str) -> int:
@@ -57,7 +75,9 @@ class Shelf:
 
     def images(self, plan: Plan, task: Task, split: str) -> Examples:
         """Raises StoreRefused: no such split, an empty one, too many broken images, labels that are not the task's."""
-        read = (task.channels, task.image_size, task.num_outputs, task.classes, task.table)
+        self.data(plan.data)  # forgets what was read of a data set that has changed since
+        boxes = None if task.boxes is None else (task.boxes.unknown, task.boxes.aliases)
+        read = (task.channels, task.image_size, task.num_outputs, task.classes, task.table, boxes)
         key = (plan.data, split, *read)
         if key not in self._images:
             room = self._cache_bytes - sum(i.num_bytes for k, i in self._images.items() if k[0] == plan.data)
@@ -71,12 +91,12 @@ class Shelf:
         data, what = self.data(name), f"split {split!r} of data set {name!r}"
         opened = data.split(split)
         if (task.table is not None) != isinstance(opened, TableSplit):
-            holds, needs = ("rows of a table", "labelled images") if task.table is None else ("images", "rows")
+            holds, needs = ("rows of a table", "images") if task.table is None else ("images", "rows")
             raise StoreRefused(f"{what} holds {holds}, the task needs {needs}")
         if task.table is not None:
             return Rows(opened, task, task.table, what=what, max_bytes=room, threads=self._threads)
-        labels = numbered(opened.labels, data.classes, task, what)
-        return Images(opened, labels, task, what=what, max_bytes=room, threads=self._threads)
+        targets = targets_of(opened, data.classes, task, what)
+        return Images(opened, targets, task, what=what, max_bytes=room, threads=self._threads)
 
     def max_bad_share(self, plan: Plan) -> float:
         """The stricter of the plan and the policy."""
@@ -89,7 +109,7 @@ class Shelf:
         key = json.dumps([plan.task, spec, plan.trained], sort_keys=True)
         if key not in self._learners:
             task = tasks.build(plan.task)
-            module: nn.Module = build(spec, task.num_outputs, task.channels, task.image_size, task.columns)
+            module: nn.Module = build_for(task, spec)
             freeze(module, plan.trained, task.num_outputs)
             self._learners[key] = Learner(FlatModel(module, layout_of(module), device=self._device), task)
             if len(self._learners) > MODELS:

@@ -29,7 +29,6 @@ import torch
 from raypipe.errors import ConfigError, StoreError, StoreRefused
 from raypipe.models import models
 from raypipe.store.attest import Attestor
-from raypipe.store.batches import Examples
 from raypipe.store.lesson import Admitted, learn
 from raypipe.store.measure import What, measured_gram, measured_moments
 from raypipe.store.messages import PROTOCOL, Card, Command, Evaluation, Part, Plan, Refusal, Report, Ticket, Verdict
@@ -136,8 +135,9 @@ class Site:
         base = self._attestor.check(ticket, plan, weights)
         learner = self._shelf.learner(plan, weights)
         images = self._shelf.images(plan, learner.task, "train")
+        data_hash = self._shelf.data(plan.data).content_hash
         with self._controlled(ticket.id) as control:
-            admitted = Admitted(ticket, plan, weights, learner, images, limits, control, base)
+            admitted = Admitted(ticket, plan, weights, learner, images, limits, control, base, data_hash)
             return self._judged(admitted) if ticket.judge is not None else self._finished(admitted, outbox)
 
     def collect(self, ticket_id: str, how: list[Part], run: str = "", epoch: int = 0) -> Array:
@@ -263,7 +263,7 @@ class Site:
             update, finite = model.update(asked.weights, out=slot.floats)
             if not finite:
                 raise StoreError(f"the update is not finite after {outcome.steps} steps; lower lr")
-            report = self._report(ticket, asked.images, outcome, update.nbytes, evaluation, after)
+            report = self._report(asked, outcome, update.nbytes, evaluation, after)
             report = self._attestor.sign(report, plan, asked.base, update)
             outbox.put(report, slot, key, optimizer.state_dict() if plan.keep_optimizer else None)
         return report
@@ -274,32 +274,27 @@ class Site:
         outcome, _ = learn(asked, None, clock=self._clock)
         assert asked.ticket.judge is not None
         judged = self._evaluate(asked.plan, asked.learner, asked.ticket.judge, asked.control)
-        report = self._report(asked.ticket, asked.images, outcome, 0, judged)
+        report = self._report(asked, outcome, 0, judged)
         return self._attestor.sign(report, asked.plan, asked.base, None)
 
     def _report(
-        self,
-        ticket: Ticket,
-        images: Examples,
-        outcome: Outcome,
-        update_bytes: int,
-        evaluation: Evaluation | None,
-        after: str = "",
+        self, asked: Admitted, outcome: Outcome, update_bytes: int, evaluation: Evaluation | None, after: str = ""
     ) -> Report:
         return Report(
-            ticket=ticket.id,
+            ticket=asked.ticket.id,
             store=self.store,
-            version=ticket.version,
+            version=asked.ticket.version,
             steps=outcome.steps,
             examples=outcome.examples,
-            num_train=images.total,
-            skipped=len(images.bad),
+            num_train=asked.images.total,
+            skipped=len(asked.images.bad),
             seconds=outcome.seconds,
             loss=outcome.loss,
             update_bytes=update_bytes,
             stopped=outcome.stopped,
             evaluation=evaluation,
             after=after,
+            data_hash=asked.data_hash,
         )
 
     def _evaluate(self, plan: Plan, learner: Learner, split: str, control: Control) -> Evaluation | None:

@@ -7,7 +7,7 @@ same bits (on a CPU), and nothing in the loop waits for the device: losses stay 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Event
@@ -29,6 +29,7 @@ from raypipe.tasks.task import Inputs
 
 Stopped: TypeAlias = Literal["done", "budget", "control"]
 Clock: TypeAlias = Callable[[], float]
+AUGMENTED = 1  # beside the seed: how images are changed does not hang on how they are shuffled
 CHECK_EVERY = 32  # steps between looks at whether the losses are finite: each look waits for a GPU
 EVALUATION_BATCH = 256  # images at most, and
 EVALUATION_ROWS = 8192  # the same of a table
@@ -96,6 +97,7 @@ def train(
     num_steps = _num_steps(limits, images.num, smallest)
     picks = shuffled(images.num, limits.batch_size, smallest, np.random.default_rng(work.seed))
     losses, steps = Losses(model.device), 0
+    chance = np.random.default_rng((work.seed, AUGMENTED))
     stopped: Stopped | None = None
     with (
         _seeded(work.seed, model.device),
@@ -103,11 +105,12 @@ def train(
     ):
         model.train()
         start = began = clock()
-        for pixels, labels in stream:
-            if len(labels) < smallest:  # its images cannot be read
+        for inputs, targets in stream:
+            num = _num(task, inputs, targets)
+            if num < smallest:  # its images cannot be read
                 continue
             _set_lr(optimizer, work.lr * work.schedule(_progress(work, steps, num_steps, began - start)))
-            losses.add(_step(model, task, optimizer, pixels, labels), len(labels))
+            losses.add(_step(model, task, optimizer, *_augmented(task, inputs, targets, chance)), num)
             steps += 1
             if work.slowdown > 1:
                 control.sleep((work.slowdown - 1) * (clock() - began))
@@ -128,30 +131,37 @@ def evaluate(
     model: FlatModel, task: Task, images: Examples, control: Control, max_bad_share: float
 ) -> tuple[dict[str, float], int] | None:
     """Sums by metric over the split and the number of images; None if told to stop."""
-    sums: dict[str, Tensor] = {}
-    num = 0
+    sums: dict[str, Tensor | float] = {}
+    seen = 0
     model.eval()
     most = EVALUATION_BATCH if task.channels else EVALUATION_ROWS
     batch_size = max(1, min(most, EVALUATION_PIXELS // task.image_size**2))
     picks = in_order(images.num, batch_size)
     with torch.inference_mode(), closing(images.batches(picks, model.device, max_bad_share)) as stream:
-        for pixels, labels in stream:
+        for inputs, targets in stream:
             if control.stopped:
                 return None
-            if not len(labels):
+            if not (num := _num(task, inputs, targets)):
                 continue
-            with _autocast(model.device):
-                outputs = model.module(*_prepared(task, pixels))
-            for name, value in task.sums(outputs.float(), labels).items():
-                sums[name] = sums[name] + value.double() if name in sums else value.double()
-            num += len(labels)
-    return _named(sums), num
+            for name, value in _sums(model, task, inputs, targets).items():
+                sums[name] = sums[name] + value if name in sums else value
+            seen += num
+    return _named(sums), seen
 
 
-def _named(sums: dict[str, Tensor]) -> dict[str, float]:
+def _sums(model: FlatModel, task: Task, inputs: Inputs, targets: Tensor) -> Mapping[str, Tensor | float]:
+    if task.boxes is not None:
+        with _autocast(model.device):
+            return task.boxes.judge(model.module, _prepared(task, inputs)[0], targets)
+    with _autocast(model.device):
+        outputs = model.module(*_prepared(task, inputs))
+    return {name: value.double() for name, value in task.sums(outputs.float(), targets).items()}
+
+
+def _named(sums: dict[str, Tensor | float]) -> dict[str, float]:
     """Sums by name; a vector's numbers by name and place, those that are not zero."""
-    plain = {name: float(value) for name, value in sums.items() if value.ndim == 0}
-    vectors = ((name, value.cpu().numpy()) for name, value in sums.items() if value.ndim)
+    plain = {name: float(value) for name, value in sums.items() if not isinstance(value, Tensor) or value.ndim == 0}
+    vectors = ((name, value.cpu().numpy()) for name, value in sums.items() if isinstance(value, Tensor) and value.ndim)
     return plain | {f"{name}/{i}": float(value[i]) for name, value in vectors for i in np.flatnonzero(value)}
 
 
@@ -194,14 +204,31 @@ class Losses:
         self._new.clear()
 
 
-def _step(model: FlatModel, task: Task, optimizer: Optimizer, pixels: Inputs, labels: Tensor) -> Tensor:
+def _num(task: Task, inputs: Inputs, targets: Tensor) -> int:
+    """Examples of a batch."""
+    return len(targets) if task.boxes is None else len(inputs)
+
+
+def _augmented(task: Task, inputs: Inputs, targets: Tensor, chance: np.random.Generator) -> tuple[Inputs, Tensor]:
+    augment = None if task.boxes is None else task.boxes.augment
+    return (inputs, targets) if augment is None else augment(inputs, targets, chance)
+
+
+def _step(model: FlatModel, task: Task, optimizer: Optimizer, inputs: Inputs, targets: Tensor) -> Tensor:
     model.clear()
-    with _autocast(model.device):
-        outputs = model.module(*_prepared(task, pixels))
-    loss = task.loss(outputs.float(), labels)
+    loss = _loss(model, task, _prepared(task, inputs), targets)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return loss.detach()
+
+
+def _loss(model: FlatModel, task: Task, inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+    if task.boxes is not None:
+        with _autocast(model.device):
+            return task.boxes.step(model.module, inputs[0], targets)
+    with _autocast(model.device):
+        outputs = model.module(*inputs)
+    return task.loss(outputs.float(), targets)
 
 
 def _prepared(task: Task, pixels: Inputs) -> tuple[Tensor, ...]:

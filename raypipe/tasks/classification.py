@@ -25,14 +25,14 @@ def _known_loss(part: dict[str, Any]) -> dict[str, Any]:
     return part
 
 
-def _distinct(names: list[str]) -> list[str]:
+def distinct(names: list[str]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError("class names must be distinct")
     return names
 
 
 Classes: TypeAlias = (
-    Annotated[int, Field(ge=2, le=1_000_000)] | Annotated[list[str], Field(min_length=2), AfterValidator(_distinct)]
+    Annotated[int, Field(ge=2, le=1_000_000)] | Annotated[list[str], Field(min_length=2), AfterValidator(distinct)]
 )
 LossPart: TypeAlias = Annotated[dict[str, Any], BeforeValidator(_as_part), AfterValidator(_known_loss)]
 Level: TypeAlias = Annotated[float, Field(ge=0, le=1)]

@@ -1,12 +1,14 @@
 """Metrics from sums, without torch, so that what many stores send adds up to what pooled examples would give.
 
-A store sends sums over its examples and nothing else. Three kinds, by name:
+A store sends sums over its examples and nothing else. Four kinds, by name:
 
     loss, accuracy, ...      the metric itself, summed: the mean over all examples is the pooled metric
     moments/...              of a target y and its error e: sums of e^2, y, y^2. From them rmse and r2 of all rows,
                              exactly those of the pooled rows
     scores/1/B, scores/0/B   how many positives (1) and negatives (0) have a score in bin B. From them auc and
                              average_precision of all rows, exactly those of the pooled scores rounded to their bins
+    boxes/C, found/C/B/O     boxes of class C, and detections by score and by what they hit. From them map50 and map
+                             of all detections; see precision.py
 
 A mean of the stores' own AUCs is another number than the AUC of all rows (it never compares one store's positives
 with another's negatives), and a mean of their R2 is not even bounded by it. So both are made here, from the sums of
@@ -21,9 +23,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from raypipe.tasks.precision import BOXES, FOUND, boxes_precision
+
 LOWER_IS_BETTER = frozenset({"loss", "rmse"})
 MOMENTS = "moments/"
 SCORES = "scores/"
+COUNTS = (MOMENTS, SCORES, BOXES, FOUND)  # what metrics are derived from
 
 
 def means(sums: Mapping[str, float], num_examples: int) -> dict[str, float]:
@@ -38,7 +43,7 @@ def metrics(sums: Mapping[str, float], num_examples: int) -> dict[str, float]:
 
 def derived(mean: Mapping[str, float]) -> dict[str, float]:
     """Metrics from means over all examples. What cannot be had (one class only, a constant target) is left out."""
-    found = {name: value for name, value in mean.items() if not name.startswith((MOMENTS, SCORES))}
+    found = {name: value for name, value in mean.items() if not name.startswith(COUNTS)}
     if f"{MOMENTS}squared_error" in mean:
         error, y, square = (mean.get(f"{MOMENTS}{of}", 0.0) for of in ("squared_error", "target", "target_squared"))
         found["rmse"] = math.sqrt(error)
@@ -48,7 +53,7 @@ def derived(mean: Mapping[str, float]) -> dict[str, float]:
     if positives and negatives:
         found["auc"] = auc(positives, negatives)
         found["average_precision"] = average_precision(positives, negatives)
-    return found
+    return found | boxes_precision(mean)
 
 
 def auc(positives: Mapping[int, float], negatives: Mapping[int, float]) -> float:

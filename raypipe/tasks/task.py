@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,10 +34,26 @@ class Columns:
 
 
 @dataclass(frozen=True, slots=True)
+class Boxes:
+    """Of a task whose images have boxes; its models have a loss of their own (models/detector.py).
+
+    Targets are float32 (m, 7): image in the batch, label, centre x, centre y, width, height in pixels of the square
+    image, into which others are letterboxed; 1 where the box is to be ignored.
+    """
+
+    step: Callable[[Any, Tensor, Tensor], Tensor]  # (module, prepared images, targets) -> the mean over the batch
+    judge: Callable[[Any, Tensor, Tensor], dict[str, float]]  # the same arguments -> sums by name
+    augment: Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]] | None  # of a uint8 batch, to train
+    unknown: Literal["refuse", "ignore"]  # what comes of boxes of classes that the task does not have
+    aliases: tuple[tuple[str, str], ...]  # other name -> class, as stores may call it
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """Batches are uint8 (n, channels, image_size, image_size), labels int64 (n,), outputs float (n, num_outputs).
 
     Of rows: a table float32 (n, width), with uint8 images a pair of both; targets float32 (n,) where they are numbers.
+    Of images with boxes: see `Boxes`; then `loss`, `sums` and `predict` raise ConfigError.
     """
 
     num_outputs: int
@@ -49,6 +67,7 @@ class Task:
     predict: Callable[[Tensor], Tensor]  # outputs -> label indices (n,), or numbers (n,)
     metrics: tuple[str, ...] = ("accuracy", "loss")  # what the sums come to; see tasks/metrics.py
     table: Columns | None = None  # None: labelled images are read
+    boxes: Boxes | None = None  # None: each image has one label
     columns: int = 0  # of the prepared table, as the model gets it
     # Settings that the task still lacks, from the sum of what the stores measured; None: it lacks none.
     settle: Callable[[Sequence[float]], Settings] | None = None

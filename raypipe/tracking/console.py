@@ -14,7 +14,7 @@ from raypipe.tracking.lineage import VersionRow
 
 PLAIN_LINES = 6  # progress lines at most where nobody watches live
 PLAIN_ROWS = 10  # stores in the table at the end there
-SHARES = ("accuracy",)  # metrics shown in percent
+SHARES = ("accuracy", "map50", "map")  # metrics shown in percent
 SHOWN_EVENTS = 4  # of stores that left, failed, ...; the rest is in the record
 
 
@@ -115,6 +115,8 @@ def show_summary(console: Console, summary: Mapping[str, Any], next_command: str
     test = next(iter(summary["test"].values()), None)
     if test is not None:
         lines.append(f"shared model on the test set: {figure(metric, test)}" + _against(metric, test, alone))
+    if (average := next(iter(summary.get("average", {}).values()), None)) is not None:
+        lines.append(f"running average of all versions on the test set: {figure(metric, average)}")
     if summary["best_version"] is not None and board["best"]:
         best = f"{figure(metric, board['best'][1])} on validation"
         lines.append(f"best version: v{summary['best_version']} of {summary['versions']} ({best})")

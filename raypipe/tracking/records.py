@@ -120,6 +120,7 @@ class Contribution(TypedDict):
     progress: float | None  # of the run, when it was asked for: the learning rate follows it
     repeat: int | None  # updates that the store had handed over from this base before
     after: str | None  # the ticket whose optimizer state it went on from; empty: it began anew
+    data_hash: NotRequired[str | None]  # of the store's data set as it was then: images may be added in a run
 
 
 class VersionPublished(TypedDict):
@@ -172,6 +173,7 @@ class Final(TypedDict):
 
     best_version: int
     test: dict[str, float]
+    average: NotRequired[dict[str, float]]  # the running average of the versions, on the test set, where there is one
     table: list[dict[str, Any]]  # a row a store
     reason: str
 

@@ -153,6 +153,8 @@ def predict(
     module, task = _module(card, tensors)
     if task.table is not None:
         raise ConfigError(f"{source} reads rows of a table, and `raypipe predict` reads images")
+    if task.boxes is not None:
+        raise ConfigError(f"{source} finds boxes, and `raypipe predict` says one label an image")
     pixels = _decode(images, task)
     found: list[Prediction] = []
     with torch.inference_mode():
@@ -213,12 +215,12 @@ def _module(card: Mapping[str, Any], tensors: Tensors) -> tuple[nn.Module, Task]
     """The model of a card with these weights, in evaluation mode, and its task."""
     import torch
 
-    from raypipe.models import build
+    from raypipe.models import build_for
     from raypipe.tasks import tasks
 
     task = tasks.build(card["task"])
     spec = {**card["model"], **({"pretrained": False} if "pretrained" in card["model"] else {})}  # nothing to fetch
-    module: nn.Module = build(spec, task.num_outputs, task.channels, task.image_size, task.columns)
+    module: nn.Module = build_for(task, spec)
     own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}  # a tied weight once
     try:
         problems = module.load_state_dict({n: torch.from_numpy(np.array(t)) for n, t in tensors.items()}, strict=False)
@@ -239,6 +241,8 @@ def _shapes(task: Task) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
         inputs["images"] = (-1, task.channels, task.image_size, task.image_size)
     if task.columns:
         inputs["table"] = (-1, task.columns)
+    if task.boxes is not None:  # centre, sides, object, a class each; torchvision's own put out dictionaries
+        return inputs, (-1, -1, 5 + task.num_outputs)
     return inputs, (-1, task.num_outputs)
 
 
