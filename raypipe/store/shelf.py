@@ -91,7 +91,7 @@ class Shelf:
         data, what = self.data(name), f"split {split!r} of data set {name!r}"
         opened = data.split(split)
         if (task.table is not None) != isinstance(opened, TableSplit):
-            holds, needs = ("rows of a table", "images") if task.table is None else ("images", "rows")
+            holds, needs = ("rows of a table", "labelled images") if task.table is None else ("images", "rows")
             raise StoreRefused(f"{what} holds {holds}, the task needs {needs}")
         if task.table is not None:
             return Rows(opened, task, task.table, what=what, max_bytes=room, threads=self._threads)
