@@ -422,7 +422,11 @@ def test_a_detector_learns_over_stores_of_different_look_and_mix(shelves: Path, 
         }
     ).model_dump(mode="json")  # fmt: skip
     made = run(said, tmp_path, {name: SitePort(shelves / name) for name in "ab"}, patience_s=500)
-    judged = [body for kind, body in made.shell.book.past() if kind == "evaluated"]
+    past = list(made.shell.book.past())
+    parts = [part for kind, body in past if kind == "version_published" for part in body["contributions"]]
+    hashes = {name: open_data(shelves / name / "data" / "shelves", name="s").content_hash for name in "ab"}
+    assert {(part["store"], part["data_hash"]) for part in parts} == set(hashes.items())
+    judged = [body for kind, body in past if kind == "evaluated"]
     assert judged[0]["metrics"]["map50"] < 0.05
     assert judged[-1]["version"] == 8
     assert judged[-1]["metrics"]["map50"] >= 0.35
