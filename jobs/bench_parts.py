@@ -130,7 +130,7 @@ class NoStore:
     def control(self, ticket: str, command: msg.Command) -> None:
         pass
 
-    async def watch(self, heartbeat_s: float) -> tuple[bool, str]:
+    async def watch(self, heartbeat_s: float, pauses: Callable[[str], None]) -> tuple[bool, str]:
         await asyncio.Event().wait()
         return False, ""
 

@@ -15,9 +15,12 @@ PHASES = [phase.name for phase in Phase] + ["none"]
 EVENTS = [kind.__name__ for kind in get_args(ev.Event)]
 
 _WHY = {
-    ("StoreHung", "waiting"): "a store is watched once it joined, and then its tickets are asked for",
     (
-        "Trained TrainingFailed UpdateArrived UpdateRefused",
+        "StoreHung StorePaused StoreWentOn",
+        "waiting",
+    ): "a store is watched once it joined, and then its tickets are asked for",
+    (
+        "Trained TrainingFailed Deferred UpdateArrived UpdateRefused",
         "waiting",
     ): "what was in flight died with the coordinator; it is asked for when the store joins",
     ("StoreJoined", "training trained collecting"): "a store joins again only after it left, which ends these tickets",
@@ -50,12 +53,18 @@ class Watched(Coordinator):
 def _meets(m: Coordinator, event: ev.Event) -> set[str]:
     """Phases of the tickets that an event is about; `none` where there is no such ticket."""
     match event:
-        case ev.Trained() | ev.TrainingFailed() | ev.UpdateArrived() | ev.UpdateRefused():
+        case ev.Trained() | ev.TrainingFailed() | ev.Deferred() | ev.UpdateArrived() | ev.UpdateRefused():
             about = [t for t in m.tickets.values() if t.id == event.ticket]
         case ev.Folded(tickets=good, rejected=bad):
             names = {*good, *(ticket for ticket, _ in bad)}
             about = [t for t in m.tickets.values() if t.id in names]
-        case ev.StoreJoined(store=store) | ev.StoreLeft(store=store) | ev.StoreHung(store=store):
+        case (
+            ev.StoreJoined(store=store)
+            | ev.StoreLeft(store=store)
+            | ev.StoreHung(store=store)
+            | ev.StorePaused(store=store)
+            | ev.StoreWentOn(store=store)
+        ):
             about = [t for t in m.tickets.values() if t.store == store]
         case _:
             about = list(m.tickets.values())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Item: TypeAlias = "tuple[float, int, ev.Event | Callable[[], None]]"
 OUTBOX = 8
-ANSWERS = (ev.Trained, ev.TrainingFailed, ev.UpdateArrived, ev.UpdateRefused)
+ANSWERS = (ev.Trained, ev.TrainingFailed, ev.Deferred, ev.UpdateArrived, ev.UpdateRefused)
 
 
 @dataclass
@@ -142,6 +142,8 @@ class Network:
         done = world.at + (action.budget_s or chance.uniform(0.5, 2) * shop.speed)
         if self.trouble(shop.name, 0.1):
             self._event(done, ev.TrainingFailed(action.ticket, "crashed", done, final=chance.random() < 0.2))
+        elif chance.random() < 0.02:
+            self._event(world.at + 0.01, ev.Deferred(action.ticket, "closed", chance.uniform(0.1, 40), done))
         elif not self.trouble(shop.name, 0.1):  # else it hangs
             shop.busy_until, process, epoch = done, shop.process, world.epoch
             steps = chance.randint(1, 50)
@@ -164,6 +166,10 @@ class Network:
             world.later(done, AtStore(finish))
         if self.trouble(shop.name, 0.05):
             world.later(world.at + chance.uniform(0, 3), lambda: self._dies(shop.name))
+        if chance.random() < 0.03:
+            begins = world.at + chance.uniform(0, 3)
+            world.later(begins, ev.StorePaused(shop.name, "its owner needs it", 0.0))
+            world.later(begins + chance.uniform(0, 60), ev.StoreWentOn(shop.name, 0.0))
         if self.trouble(shop.name, 0.05):
             world.later(world.at + chance.uniform(0, 3), ev.StoreHung(shop.name, "no heartbeat", 0.0))
 
@@ -174,6 +180,8 @@ class Network:
             self._event(at + 0.1, ev.TrainingFailed(action.ticket, "no update waits for this ticket", at))
         elif self.trouble(shop.name, 0.05):
             self._event(at + 1, ev.TrainingFailed(action.ticket, "link", at))
+        elif world.chance.random() < 0.01:
+            self._event(at + 0.01, ev.Deferred(action.ticket, "today's bytes are spent", 20.0, at))
         elif self.trouble(shop.name, 0.05):
             self._event(at + world.chance.uniform(0, 0.5), ev.UpdateRefused(action.ticket, "not what it signed", at))
         elif not self.trouble(shop.name, 0.05):  # else the transfer never ends

@@ -210,6 +210,8 @@ class World:
             if (linked := self.network.link(event)) is None:
                 return
             event = linked
+        elif isinstance(event, ev.StorePaused | ev.StoreWentOn) and not self.shops[event.store].linked:
+            return
         elif isinstance(event, ev.UpdateArrived):
             self.arrived.add(event.ticket)
         actions = m.handle(event)

@@ -5,7 +5,8 @@
     ├── RunError            the run cannot begin or go on: no quorum, disk full, no cluster (exit code 1)
     └── StoreError          theirs; training goes on with the others
         ├── StoreRefused    the store's policy or its data said no
-        │   └── StoreSuperseded   a newer coordinator has the run; this one is to end
+        │   ├── StoreSuperseded   a newer coordinator has the run; this one is to end
+        │   └── StoreClosed       not now: it says when it may be asked again
         ├── StoreUnreachable
         └── UpdateRejected  not finite, of the wrong shape, of an unknown ticket
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class RaypipeError(Exception):
@@ -28,7 +30,7 @@ class RaypipeError(Exception):
         super().__init__(message)
         self.message = message
 
-    def __reduce__(self) -> tuple[type[RaypipeError], tuple[str]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.message,)
 
 
@@ -56,6 +58,17 @@ class StoreRefused(StoreError):
 
 class StoreSuperseded(StoreRefused):
     """A coordinator of a later epoch has taken the run over: whoever hears this ends itself."""
+
+
+class StoreClosed(StoreRefused):
+    """Not now, by the store's own policy: nobody's fault. `wait_s` by the store's clock, then it may be asked again."""
+
+    def __init__(self, message: str, wait_s: float) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.wait_s)
 
 
 class StoreUnreachable(StoreError):

@@ -75,7 +75,7 @@ class SitePort:
     def control(self, ticket: str, command: msg.Command) -> None:
         self.site.control(ticket, command)
 
-    async def watch(self, heartbeat_s: float) -> tuple[bool, str]:
+    async def watch(self, heartbeat_s: float, pauses: Callable[[str], None]) -> tuple[bool, str]:
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -283,7 +283,7 @@ class NoOp:
     def control(self, ticket: str, command: msg.Command) -> None: ...
     def kill(self) -> None: ...
 
-    async def watch(self, heartbeat_s: float) -> tuple[bool, str]:
+    async def watch(self, heartbeat_s: float, pauses: Callable[[str], None]) -> tuple[bool, str]:
         await asyncio.Event().wait()
         raise AssertionError
 

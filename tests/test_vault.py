@@ -34,13 +34,14 @@ from raypipe.errors import ConfigError, StoreError, StoreRefused, StoreSupersede
 from raypipe.ledger import entries
 from raypipe.ledger.chain import Ledger
 from raypipe.ledger.keys import Key, digest, load_key, load_or_make_key
+from raypipe.store.budget import Budget
 from raypipe.store.code import code_hash
 from raypipe.store.messages import NEW, Card, Evaluation, Plan, Refusal, Report, Ticket, Verdict, encode
 from raypipe.store.policy import read_policy
 from raypipe.vault.client import VaultSite
 from raypipe.vault.conversation import Vault
 from raypipe.vault.frames import HEADER, MAGIC, Channel, Cut
-from raypipe.vault.guard import Budget, Limits
+from raypipe.vault.guard import Limits
 from raypipe.vault.install import install
 from raypipe.vault.jobs import Jobs
 from raypipe.vault.memory import Outlet, mapped
@@ -83,7 +84,7 @@ class Here:
         self.path = folder / "v.sock"
         said = Limits(**limits)
         log = logging.getLogger("test.vault")
-        budget = Budget(folder / "home" / "budget.json", said, time.time)
+        budget = Budget(folder / "home" / "budget.json", said, time.time, "vault")
         self.vault = Vault(self.case.site, said, budget, "c0de", log, abandon_s)
         self.gate = Gate(self.vault, os.getuid() if actor_user is None else actor_user)
         self.thread = threading.Thread(target=self.gate.serve, args=(self.path,), daemon=True)
@@ -333,7 +334,7 @@ def test_a_days_budget_is_not_given_back_by_a_restart_a_new_run_or_a_clock_set_b
     file, limits = tmp_path / "budget.json", Limits(tickets_a_day=2, upload_bytes_a_day=100)
 
     def budget() -> Budget:
-        return Budget(file, limits, lambda: now[0])
+        return Budget(file, limits, lambda: now[0], "vault")
 
     budget().spend(tickets=1)
     budget().spend(tickets=1)

@@ -14,7 +14,7 @@ class Row:
     """One store so far."""
 
     store: str
-    state: str = "waiting"  # waiting | training | ready | gone | set aside
+    state: str = "waiting"  # waiting | training | paused | ready | closed | gone | set aside
     images: int = 0
     data_bytes: int = 0
     updates: int = 0
@@ -71,7 +71,7 @@ class Board:
 
     def ready(self, store: str) -> None:
         """A ticket ended."""
-        if store in self.rows and self.rows[store].state == "training":
+        if store in self.rows and self.rows[store].state in ("training", "paused"):
             self.rows[store].state = "ready"
 
     def _store(self, kind: str, body: Mapping[str, Any], row: Row) -> None:
@@ -89,6 +89,14 @@ class Board:
             case "store_set_aside":
                 row.state, row.reason = "set aside", reason
                 self.lines.append(f"{row.store} is set aside: {reason}")
+            case "store_closed" | "store_paused":
+                row.state, row.reason = kind.removeprefix("store_"), reason
+                self.lines.append(f"{row.store} {'is closed' if kind == 'store_closed' else 'pauses'}: {reason}")
+            case "store_went_on":
+                if row.state == "paused":
+                    row.state = "training"
+                row.reason = ""
+                self.lines.append(f"{row.store} goes on after {body['seconds']:.0f} s")
             case "ticket_failed" | "update_rejected":
                 row.reason = reason
                 what = "failed" if kind == "ticket_failed" else "sent an update that was refused"

@@ -14,6 +14,7 @@ class StoreJoined:
     num_train: int
     at: float
     outbox: tuple[str, ...] = ()
+    max_upload_bytes_s: float | None = None  # by its own policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class Trained:
     at: float
     after: str = ""  # the ticket whose optimizer state it went on from
     data_hash: str = ""  # of the store's data set as it was then
+    update_bytes: int = 0  # at most, of what is to be fetched
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,33 @@ class TrainingFailed:
     reason: str
     at: float
     final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """A ticket ended without an update, since its store is closed for now: by its hours, or its budget of today."""
+
+    ticket: str
+    reason: str
+    wait_s: float  # until it may be asked again
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class StorePaused:
+    """Who owns the store's machine needs it: its training stands still, and is not hung."""
+
+    store: str
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoreWentOn:
+    """The end of a pause."""
+
+    store: str
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +194,9 @@ Event: TypeAlias = (
     | StoreHung
     | Trained
     | TrainingFailed
+    | Deferred
+    | StorePaused
+    | StoreWentOn
     | UpdateArrived
     | UpdateRefused
     | Folded

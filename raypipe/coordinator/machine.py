@@ -10,6 +10,8 @@ tensor is in here: time comes with events, chance as an argument. Rules:
   many as can still come (`buffer_size` None: as can still come).
 * Staleness is measured at the fold: newest version minus base version. Its limit is relative,
   `stale_limit * concurrency / K`, since a store s times slower sees s times the mean staleness.
+* A store that is closed by its own policy is in no cohort until it opens. One that pauses, since who owns its machine
+  needs it, is not hung; after `hung_s` nobody waits for it either.
 * A version being written down blocks new tickets (they would be a version behind), never folds.
 * An update is settled when the weights that hold it are on the disk: until then its store could be asked again.
 * The end: cancel what is in flight, judge the newest version where it can be judged, finish.
@@ -93,6 +95,12 @@ class Coordinator:
                 actions += self._trained(event)
             case ev.TrainingFailed():
                 actions += self._failed(event, at)
+            case ev.Deferred():
+                actions += self._deferred(event)
+            case ev.StorePaused(store=store, reason=reason):
+                actions += self._paused(store, reason, at)
+            case ev.StoreWentOn(store=store):
+                actions += self._went_on(store, at)
             case ev.UpdateArrived():
                 self._arrived(event)
             case ev.UpdateRefused():
@@ -133,7 +141,8 @@ class Coordinator:
         pending = [t for t in self.tickets.values() if t.phase in AWAITED]
         times = [t.due_at for t in pending] + [t.hung_at for t in pending]
         times += [m.returning for m in self.members.values()]
-        times += [m.retry_at for m in self.members.values() if m.present and not m.aside and m.retry_at > self.now]
+        times += [max(m.retry_at, m.closed_until) for m in self.members.values() if m.present and not m.aside]
+        times += [m.paused_at + self.policy.hung_s for m in self.members.values() if m.paused_at is not None]
         if self.started_at is None:
             times.append(self.created_at + self.policy.join_s)
         elif self.policy.max_seconds is not None and self.ending is None:
@@ -166,9 +175,9 @@ class Coordinator:
     def _joined(self, event: ev.StoreJoined, at: float) -> list[do.Action]:
         member = self.members.setdefault(event.store, Member(event.store))
         if not member.restarting and member.returning <= at:  # it came back from outside: a new chance
-            member.aside, member.failures, member.retry_at = "", 0, at
+            member.aside, member.failures, member.retry_at, member.closed_until = "", 0, at, at
         member.present, member.restarting, member.warm, member.returning = True, False, False, -math.inf
-        member.num_train = event.num_train
+        member.num_train, member.max_upload_bytes_s = event.num_train, event.max_upload_bytes_s
         mine = [t for t in self.tickets.values() if t.store == event.store]
         forgotten = [ticket for ticket in event.outbox if ticket not in self.tickets]
         actions: list[do.Action] = [do.Settle(event.store, ticket, None, "it was settled") for ticket in forgotten]
@@ -187,6 +196,7 @@ class Coordinator:
         for member in self.members.values():
             member.returning = until if member.present else -math.inf
             member.present = member.restarting = False
+            member.paused_at = None
         done = {c.ticket for made in self.unkept.values() for c in made}
         for ticket in self.tickets.values():
             if ticket.id not in done:
@@ -216,7 +226,7 @@ class Coordinator:
         member.returning = -math.inf
         if not member.present:
             return []
-        member.present = False
+        member.present, member.paused_at = False, None
         self.cohort = [s for s in self.cohort if s != store]
         self._heard(self.version, store)
         actions: list[do.Action] = [do.Record("store_left", {"store": store, "reason": reason})]
@@ -243,6 +253,26 @@ class Coordinator:
         self.cohort = [s for s in self.cohort if s != store]
         return [do.Record("store_set_aside", {"store": store, "reason": reason, "failures": member.failures})]
 
+    def _paused(self, store: str, reason: str, at: float) -> list[do.Action]:
+        member = self.members.get(store)
+        if member is None or not member.present or member.paused_at is not None:
+            return []
+        member.paused_at = at
+        for ticket in self.tickets.values():
+            if ticket.store == store and ticket.phase is Phase.TRAINING:
+                ticket.again = True  # how long it took tells nothing
+        return [do.Record("store_paused", {"store": store, "reason": reason})]
+
+    def _went_on(self, store: str, at: float) -> list[do.Action]:
+        member = self.members.get(store)
+        if member is None or member.paused_at is None:
+            return []
+        seconds, member.paused_at = at - member.paused_at, None
+        for ticket in self.tickets.values():
+            if ticket.store == store and ticket.phase is Phase.TRAINING:
+                ticket.hung_at += seconds
+        return [do.Record("store_went_on", {"store": store, "seconds": seconds})]
+
     # -- tickets --------------------------------------------------------------------------------------------
 
     def _trained(self, event: ev.Trained) -> list[do.Action]:
@@ -253,6 +283,7 @@ class Coordinator:
         ticket.steps, ticket.examples, ticket.num_train = event.steps, event.examples, event.num_train
         ticket.seconds, ticket.loss, ticket.after = event.seconds, event.loss, event.after
         ticket.data_hash = event.data_hash
+        ticket.num_bytes = event.update_bytes
         if event.seconds > 0:
             self.members[ticket.store].speed = event.steps / event.seconds
         return []
@@ -266,8 +297,9 @@ class Coordinator:
             first = min(self._expected(), default="")
             waiting = [t for t in waiting if t.store == first or t in waiting[: max(0, AHEAD - held)]]
         for ticket in waiting:
-            ticket.phase = Phase.COLLECTING
-            ticket.hung_at = max(ticket.hung_at, at + self.policy.hung_s)
+            ticket.phase, rate = Phase.COLLECTING, self.members[ticket.store].max_upload_bytes_s
+            slowly_s = 2 * ticket.num_bytes / rate if rate else 0.0  # twice: the update before may be on its way
+            ticket.hung_at = max(ticket.hung_at, at + self.policy.hung_s + slowly_s)
         return [do.Collect(t.id, t.store) for t in waiting]
 
     def _arrived(self, event: ev.UpdateArrived) -> None:
@@ -295,6 +327,17 @@ class Coordinator:
         if event.final:
             self.members[ticket.store].failures = self.policy.max_failures - 1
         return [note, *self._try_again(ticket, event.reason, at)]
+
+    def _deferred(self, event: ev.Deferred) -> list[do.Action]:
+        """Nobody's fault: no failure is counted, and the store is in no cohort until it opens."""
+        ticket = self.tickets.get(event.ticket)
+        if ticket is None or ticket.phase > Phase.COLLECTING:
+            return []
+        del self.tickets[event.ticket]
+        self.members[ticket.store].closed_until = event.at + event.wait_s
+        self.cohort = [s for s in self.cohort if s != ticket.store]
+        body = {"store": ticket.store, "ticket": ticket.id, "reason": event.reason, "wait_s": event.wait_s}
+        return [do.Record("store_closed", body), do.Settle(ticket.store, ticket.id, None, event.reason)]
 
     def _try_again(self, ticket: Ticket, reason: str, at: float) -> list[do.Action]:
         """Blame the store; where a version waits for its cohort, it stays in it until it is set aside."""
@@ -339,6 +382,8 @@ class Coordinator:
         """Restart stores that are long past their due time."""
         actions: list[do.Action] = []
         for ticket in [t for t in self.tickets.values() if t.phase in AWAITED and t.hung_at <= at]:
+            if ticket.phase is Phase.TRAINING and self.members[ticket.store].paused_at is not None:
+                continue
             if ticket.phase is Phase.WAITING:
                 del self.tickets[ticket.id]
                 body = {"store": ticket.store, "ticket": ticket.id, "reason": "its store did not come back"}
@@ -598,8 +643,8 @@ class Coordinator:
         return ""
 
     def _note_emptiness(self, at: float) -> None:
-        """Since when no store can be given work; whoever comes back in time ends it."""
-        usable = any(m.counts(at) for m in self.members.values())
+        """Since when no store can be given work, none even later today; whoever comes back in time ends it."""
+        usable = any(m.counts(at) or (m.closed_until > at and not m.aside) for m in self.members.values())
         self.empty_since = None if usable or self.started_at is None else (self.empty_since or at)
 
     def _end(self, reason: str, at: float) -> list[do.Action]:
@@ -616,7 +661,9 @@ class Coordinator:
         return [t for t in self.tickets.values() if t.phase is Phase.TRAINING]
 
     def _late(self, ticket: Ticket) -> bool:
-        return ticket.due_at <= self.now and ticket.phase is not Phase.WAITING
+        paused_at = self.members[ticket.store].paused_at
+        left = paused_at is not None and paused_at + self.policy.hung_s <= self.now
+        return (ticket.due_at <= self.now or left) and ticket.phase is not Phase.WAITING
 
     def _forget(self, contributions: tuple[do.Contribution, ...]) -> None:
         for contribution in contributions:

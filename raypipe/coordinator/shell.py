@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -28,7 +29,7 @@ from raypipe.coordinator.board import Board
 from raypipe.coordinator.diary import Diary
 from raypipe.coordinator.notary import Checked, Notary
 from raypipe.coordinator.state import Memory
-from raypipe.errors import ConfigError, RunError, StoreError, StoreRefused, StoreSuperseded
+from raypipe.errors import ConfigError, RunError, StoreClosed, StoreError, StoreRefused, StoreSuperseded
 from raypipe.ledger.follow import KINDS
 from raypipe.store import messages as msg
 from raypipe.store.seeds import ticket_seed
@@ -56,7 +57,7 @@ class Port(Protocol):
     def settle(self, verdict: msg.Verdict) -> None: ...
     def tell(self) -> None: ...
     def control(self, ticket: str, command: msg.Command) -> None: ...
-    async def watch(self, heartbeat_s: float) -> tuple[bool, str]: ...
+    async def watch(self, heartbeat_s: float, pauses: Callable[[str], None]) -> tuple[bool, str]: ...
     def kill(self) -> None: ...
 
 
@@ -194,8 +195,9 @@ class Shell:
                 body["vault_code"] = card.code
             await self._in_lane(do.Record("store_joined", body))
             if trains:
-                self.inbox.put_nowait(ev.StoreJoined(store, counts.get("train", 0), self.clock(), card.outbox))
-            silent, why = await port.watch(heartbeat_s)
+                rate = card.limits.get("max_upload_bytes_s")
+                self.inbox.put_nowait(ev.StoreJoined(store, counts.get("train", 0), self.clock(), card.outbox, rate))
+            silent, why = await port.watch(heartbeat_s, partial(self._pauses, store, trains))
             event = ev.StoreHung if silent else ev.StoreLeft
             if trains:
                 self.inbox.put_nowait(event(store, why, self.clock()))
@@ -203,6 +205,12 @@ class Shell:
                 port.kill()
             if silent:
                 await asyncio.sleep(retry_s)  # the machine has its process ended
+
+    def _pauses(self, store: str, trains: bool, reason: str) -> None:
+        """Or goes on, where there is no reason."""
+        if trains:
+            at = self.clock()
+            self.inbox.put_nowait(ev.StorePaused(store, reason, at) if reason else ev.StoreWentOn(store, at))
 
     async def _joined(self, store: str, port: Port) -> msg.Card:
         """The store's card; who waits long is told what for."""
@@ -251,8 +259,7 @@ class Shell:
         except StoreSuperseded:
             raise
         except StoreError as error:
-            final = isinstance(error, StoreRefused)
-            return ev.TrainingFailed(action.ticket, _bare(error, action.store), self.clock(), final)
+            return self._without_update(action, error)
         finally:
             self._release(action.version)
             self.board.ready(action.store)
@@ -270,7 +277,14 @@ class Shell:
             self.clock(),
             report.after,
             report.data_hash,
+            report.update_bytes,
         )
+
+    def _without_update(self, action: do.Train | do.Collect, error: StoreError) -> ev.Event:
+        reason = _bare(error, action.store)
+        if isinstance(error, StoreClosed):
+            return ev.Deferred(action.ticket, reason, error.wait_s, self.clock())
+        return ev.TrainingFailed(action.ticket, reason, self.clock(), isinstance(error, StoreRefused))
 
     async def _collect(self, action: do.Collect) -> ev.Event:
         self._collecting.add(action.ticket)
@@ -278,8 +292,7 @@ class Shell:
             update = await self.ports[action.store].collect(action.ticket, self._how)
         except StoreError as error:
             self._collecting.discard(action.ticket)
-            final = isinstance(error, StoreRefused)
-            return ev.TrainingFailed(action.ticket, _bare(error, action.store), self.clock(), final)
+            return self._without_update(action, error)
         signed = Checked() if self.notary is None else await self.notary.checked(action.store, action.ticket, update)
         if signed.reason:
             self._collecting.discard(action.ticket)

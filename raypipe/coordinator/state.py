@@ -74,14 +74,17 @@ class Member:
     speed: float | None = None  # steps a second, the newest ticket's
     overhead_s: float = 0.0  # from issue to arrival, less training: the link and the queue
     last_s: float | None = None  # the newest ticket, from issue to arrival
+    closed_until: float = -math.inf  # by its own policy; nobody's fault
+    paused_at: float | None = None  # since when its training stands still, for its owner
+    max_upload_bytes_s: float | None = None
 
     def available(self, at: float) -> bool:
         """May be given work now, if it holds no ticket in training."""
-        return self.present and not self.aside and self.retry_at <= at
+        return self.present and not self.aside and max(self.retry_at, self.closed_until) <= at
 
     def counts(self, at: float) -> bool:
-        """Is there, or is expected back."""
-        return (self.present or self.returning > at) and not self.aside
+        """Is there, or is expected back, and not closed."""
+        return (self.present or self.returning > at) and not self.aside and self.closed_until <= at
 
 
 @dataclass(slots=True)

@@ -31,6 +31,7 @@ from raypipe.errors import StoreError, StoreSuperseded, StoreUnreachable
 from raypipe.placement.homes import stores_home
 from raypipe.placement.plan import missing, missing_advice, store_options
 from raypipe.store import messages as msg
+from raypipe.store.going import Going
 from raypipe.store.pieces import Pieces
 from raypipe.store.safety import refusal, site_log
 
@@ -68,6 +69,7 @@ class SiteActor:
             self._make = lambda: _make_site(store, cpus, gpus, slowdown)
         self._heard = time.monotonic()
         self._pieces = Pieces()
+        self._going: Going | None = None
         Thread(target=self._end_when_orphaned, args=(orphan_s,), name="orphan", daemon=True).start()
 
     def describe(self, run: str, epoch: int) -> bytes:
@@ -83,22 +85,40 @@ class SiteActor:
         verdicts: list[bytes],
         still: np.ndarray | None = None,
     ) -> tuple[bytes, np.ndarray | bytes | None]:
-        """The report, and where `how` is said what `collect` would give: a call less. Verdicts come first."""
+        """The report, and where `how` is said what `collect` would give: a call less. Verdicts come first.
+
+        Of a store whose uploads have a rate there is the report alone.
+        """
         self.settle(verdicts)
         done: list[Callable[[Any], Any]] = []
 
         def run(site: Any) -> bytes:
             asked, learned = msg.expect(msg.Ticket, ticket), msg.expect(msg.Plan, plan)
             report = msg.encode(site.train(asked, learned, self._pieces.whole(plan, weights, still)))
-            done.append(lambda site: site.collect(asked.id, how, learned.run, asked.epoch))
+            if site.rate is None:
+                done.append(lambda site: site.collect(asked.id, how, learned.run, asked.epoch))
             return report
 
         report = cast(bytes, self._answer("train", run))
         return report, self._answer("collect", done[0]) if done and how is not None else None
 
-    def collect(self, ticket: str, how: list[msg.Part], run: str, epoch: int) -> np.ndarray | bytes:
+    def collect(self, ticket: str, how: list[msg.Part], run: str, epoch: int) -> np.ndarray | bytes | dict[str, Any]:
+        """The update; of a store whose uploads have a rate what is to be fetched by `piece`."""
         answer = self._answer("collect", lambda site: site.collect(ticket, how, run, epoch))
-        return cast("np.ndarray | bytes", answer)
+        if isinstance(answer, bytes) or self._site.rate is None:
+            return cast("np.ndarray | bytes", answer)
+        self._going = Going(answer, self._site.rate, time.monotonic())
+        return self._going.about
+
+    @ray.method(concurrency_group="upload")
+    def piece(self, at: int) -> np.ndarray | bytes:
+        """Bytes of what is on its way, from an offset on, not before their time."""
+        if self._going is None:
+            error = StoreError("it is kept no longer; collect it again")
+            return msg.encode(refusal(error, self._store, "piece", self._log))
+        piece, due_at = self._going.piece(at)
+        time.sleep(max(0.0, due_at - time.monotonic()))
+        return piece
 
     def settle(self, verdicts: list[bytes]) -> None:
         def run(site: Any) -> None:
@@ -127,11 +147,13 @@ class SiteActor:
             self._site.control(ticket, command, run, epoch)
 
     @ray.method(concurrency_group="control")
-    def heartbeat(self) -> bool:
-        """Whether the site, wherever it is, is well."""
+    def heartbeat(self) -> bool | str:
+        """Whether the site, wherever it is, is well; why it pauses, where it does."""
         self._heard = time.monotonic()
+        if self._site is None:
+            return True
         ping = getattr(self._site, "ping", None)  # a vault's; a site that is here answers by being here
-        return ping is None or ping()
+        return cast("bool | str", self._site.pausing() or True if ping is None else ping())
 
     def _end_when_orphaned(self, orphan_s: float) -> None:
         while (silent_s := time.monotonic() - self._heard) < orphan_s:
@@ -154,7 +176,9 @@ class SiteActor:
 
 _with_options: Any = ray.remote  # its stubs do not know concurrency groups
 # No restarts by Ray: a coordinator would not learn of them, and `join` has to make new ones anyway when a node returns.
-StoreActor: Any = _with_options(concurrency_groups={"control": 2}, max_restarts=0, max_task_retries=0)(SiteActor)
+StoreActor: Any = _with_options(concurrency_groups={"control": 2, "upload": 1}, max_restarts=0, max_task_retries=0)(
+    SiteActor
+)
 
 
 def _make_site(store: str, cpus: float, gpus: float, slowdown: float) -> Any:
@@ -273,9 +297,22 @@ class StoreClient:
         if (update := self._updates.pop(ticket, None)) is not None:
             with suppress(*GONE):  # else the store is asked for it
                 answer = await update
-        if answer is None:
+        if answer is None:  # also of a store whose uploads have a rate
             answer = await self._ask("collect", ticket, how, self._run, self._epoch)
+        if isinstance(answer, dict):
+            answer = await self._fetched(int(answer["num_bytes"]), np.dtype(answer["dtype"]))
         return self._array(answer)
+
+    async def _fetched(self, num_bytes: int, dtype: Any) -> np.ndarray:
+        """Piece by piece, at the store's rate."""
+        whole, at = np.empty(num_bytes, np.uint8), 0
+        while at < num_bytes:
+            piece = self._array(await self._ask("piece", at))
+            if piece.dtype != np.uint8 or not 0 < piece.size <= num_bytes - at:
+                raise StoreError(f"store {self.store.id}: its update came in pieces that do not fit")
+            whole[at : at + piece.size] = piece
+            at += piece.size
+        return whole.view(dtype)
 
     def _array(self, answer: Any) -> np.ndarray:
         if isinstance(answer, bytes):
@@ -311,18 +348,22 @@ class StoreClient:
         if self._actor is not None:
             self._actor.control.remote(ticket, command, self._run, self._epoch)
 
-    async def watch(self, heartbeat_s: float) -> tuple[bool, str]:
-        """Wait until the store is gone or silent: (is it silent, why)."""
-        missed, actor = 0, self._actor
+    async def watch(self, heartbeat_s: float, pauses: Callable[[str], None]) -> tuple[bool, str]:
+        """Wait until the store is gone or silent: (is it silent, why). `pauses` is told why it does, "" at the end."""
+        missed, actor, pausing = 0, self._actor, ""
         while missed < 2:
             await asyncio.sleep(heartbeat_s)
             if actor is not self._actor:
                 return False, "restarted"
             try:
                 async with asyncio.timeout(heartbeat_s):
-                    if not await actor.heartbeat.remote():
-                        return False, "its vault does not answer"
-                missed = 0
+                    well = await actor.heartbeat.remote()
+                if not well:
+                    return False, "its vault does not answer"
+                missed, why = 0, well if isinstance(well, str) else ""
+                if bool(why) != bool(pausing):
+                    pauses(why)
+                pausing = why
             except TimeoutError:
                 missed += 1
             except rex.RayError as error:

@@ -33,7 +33,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, cast
 import msgpack
 from pydantic import TypeAdapter, ValidationError
 
-from raypipe.errors import StoreError, StoreRefused, StoreSuperseded
+from raypipe.errors import StoreClosed, StoreError, StoreRefused, StoreSuperseded
 
 PROTOCOL = 3
 SPOKEN = (PROTOCOL - 1, PROTOCOL)  # so that stores and coordinators need not be updated on the same day
@@ -43,6 +43,7 @@ NEW = {
     "Plan": {"update", "trained"},
     "Ticket": {"base"},
     "Report": {"digest", "signature", "cosignature", "after", "data_hash"},
+    "Refusal": {"wait_s"},
 }
 
 Part: TypeAlias = dict[str, Any]  # a part's name and its settings, as in the configuration
@@ -172,6 +173,7 @@ class Refusal:
     kind: Literal["refused", "failed", "superseded"]
     reason: str
     ticket: str = ""
+    wait_s: float = 0.0  # above 0: not now; by the store's clock it may be asked again after so long
 
 
 Message: TypeAlias = Card | Plan | Ticket | Evaluation | Report | Verdict | Refusal
@@ -221,8 +223,11 @@ def expect(kind: type[M], raw: bytes) -> M:
 
 def refusal_error(refusal: Refusal, *, named: bool = True) -> StoreError:
     """A Refusal as an exception of this side; `named` False: for who will say whose it is."""
+    said = f"store {refusal.store}: {refusal.reason}" if named else refusal.reason
+    if refusal.kind == "refused" and refusal.wait_s > 0:
+        return StoreClosed(said, refusal.wait_s)
     kinds = {"refused": StoreRefused, "superseded": StoreSuperseded, "failed": StoreError}
-    return kinds[refusal.kind](f"store {refusal.store}: {refusal.reason}" if named else refusal.reason)
+    return kinds[refusal.kind](said)
 
 
 @lru_cache(maxsize=len(_KINDS))

@@ -12,6 +12,10 @@
     coordinators: []           # public keys; with any, only what one of these has signed a ledger of is trained on
     measures: all              # sums over all its rows that it may tell before a run: moments, gram; or a list of them
     min_measured: 10           # rows; a sum over fewer is not told, since a sum over one is that one
+    hours: 22:00-06:00         # when it trains, in its local time, or a list of such; without: always; see hours.py
+    upload_bytes_a_day: 500000000   # then it is closed until 00:00 UTC; see terms.py for this and the next two
+    max_upload_bytes_s: 250000
+    yield_file: busy           # while this file is there training pauses; relative to this file, or absolute
 
 Messages name keys and what is asked for, never a folder: they may leave the store.
 """
@@ -20,13 +24,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from raypipe.config.schema import NAME
 from raypipe.errors import ConfigError, StoreRefused, did_you_mean
+from raypipe.store.hours import Range, parse
 from raypipe.store.messages import Plan, Ticket
 
 FILE = "policy.yaml"
@@ -36,6 +41,16 @@ Count: TypeAlias = Annotated[int, Field(ge=1)]
 PublicKey: TypeAlias = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name: TypeAlias = Annotated[str, Field(pattern=NAME.pattern)]
 N = TypeVar("N", int, float)
+
+
+def _hours(said: Any) -> Any:
+    said = [said] if isinstance(said, str) else said
+    if not isinstance(said, list | tuple) or not all(isinstance(one, str | Range) for one in said):
+        raise ValueError("hours are written HH:MM-HH:MM, or a list of such")
+    return tuple(parse(one) if isinstance(one, str) else one for one in said)
+
+
+Hours: TypeAlias = Annotated[tuple[Range, ...], BeforeValidator(_hours)]
 
 
 class DataSet(BaseModel):
@@ -74,11 +89,21 @@ class Policy(BaseModel):
     coordinators: tuple[PublicKey, ...] = ()
     measures: Literal["all"] | list[str] = "all"
     min_measured: Count = 10
+    hours: Hours = ()
+    upload_bytes_a_day: Count | None = None
+    max_upload_bytes_s: Positive | None = None
+    yield_file: Path | None = None
+
+    @property
+    def tickets_a_day(self) -> int | None:
+        """A vault's limits bound these, a policy does not."""
+        return None
 
     def limits(self) -> dict[str, float]:
         """As a Card tells them; only those that are set."""
         named = {"max_examples": self.max_examples, "max_seconds": self.max_seconds}
         named["max_upload_bytes"] = self.max_upload_bytes
+        named |= {"upload_bytes_a_day": self.upload_bytes_a_day, "max_upload_bytes_s": self.max_upload_bytes_s}
         return {name: float(value) for name, value in named.items() if value is not None}
 
     def check(self, plan: Plan) -> None:
@@ -140,7 +165,8 @@ def read_policy(home: Path) -> Policy:
     except ValidationError as error:
         raise ConfigError([_problem(list(e["loc"]), e["type"], e["msg"]) for e in error.errors()]) from None
     folders = {name: data.model_copy(update={"folder": home / data.folder}) for name, data in policy.data.items()}
-    return policy.model_copy(update={"data": folders})
+    file = None if policy.yield_file is None else home / policy.yield_file
+    return policy.model_copy(update={"data": folders, "yield_file": file})
 
 
 def _problem(place: list[int | str], kind: str, message: str) -> str:
@@ -150,4 +176,6 @@ def _problem(place: list[int | str], kind: str, message: str) -> str:
     if kind == "extra_forbidden":
         known = DataSet.model_fields if len(place) > 1 else Policy.model_fields
         return f"{FILE}: no key {key!r}.{did_you_mean(str(place[-1]), known)}"
+    if kind == "value_error":
+        return f"{FILE}: {message.removeprefix('Value error, ')}"
     return f"{FILE}: {key or 'the file'}: {message.lower()}"

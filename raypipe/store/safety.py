@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from raypipe.errors import ConfigError, RaypipeError, StoreError, StoreRefused, StoreSuperseded
+from raypipe.errors import ConfigError, RaypipeError, StoreClosed, StoreError, StoreRefused, StoreSuperseded
 from raypipe.store.messages import Refusal
 
 FILE = "site.log"
@@ -50,4 +50,5 @@ def refusal(error: BaseException, store: str, method: str, log: logging.Logger, 
         kind = "superseded"
     elif isinstance(error, (StoreRefused, ConfigError)):
         kind = "refused"
-    return Refusal(store, kind, safe_reason(error, method), ticket_id)
+    wait_s = error.wait_s if isinstance(error, StoreClosed) else 0.0
+    return Refusal(store, kind, safe_reason(error, method), ticket_id, wait_s)

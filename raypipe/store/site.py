@@ -19,6 +19,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeAlias
@@ -37,8 +38,10 @@ from raypipe.store.policy import read_policy
 from raypipe.store.runs import tidy
 from raypipe.store.safety import refusal, site_log
 from raypipe.store.shelf import Learner, Shelf
+from raypipe.store.terms import Terms
 from raypipe.store.trainer import Clock, Control, Outcome, evaluate
 from raypipe.tasks import tasks
+from raypipe.update.codec import encoded_bytes
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
@@ -73,6 +76,7 @@ class Site:
         self._shelf = Shelf(self.policy, self._device, threads=self._threads, cache_bytes=cache_bytes)
         self._log = site_log(home, self.store)
         self._attestor = Attestor(home, self.policy, threads=self._threads, wall=wall)
+        self._terms = Terms(home, self.policy, wall)
         self._home, self._point = home, point
         self._outboxes: dict[str, Outbox] = {}
         self._opening = Lock()
@@ -134,6 +138,10 @@ class Site:
         limits = self.policy.admit(ticket, plan)
         base = self._attestor.check(ticket, plan, weights)
         learner = self._shelf.learner(plan, weights)
+        size = learner.model.layout.update_size
+        left_s = self._terms.begin(encoded_bytes(plan.update, size) if ticket.judge is None else 0)
+        if left_s is not None:
+            limits = replace(limits, budget_s=min(left_s, limits.budget_s or left_s))
         images = self._shelf.images(plan, learner.task, "train")
         data_hash = self._shelf.data(plan.data).content_hash
         with self._controlled(ticket.id) as control:
@@ -154,6 +162,7 @@ class Site:
         most = self.policy.max_upload_bytes
         if most is not None and encoded.nbytes > most:
             raise StoreRefused(f"the update has {encoded.nbytes} bytes, the store's policy allows {most}")
+        self._terms.leave(encoded.nbytes)
         if run:
             self._attestor.update_left(report, run, how, encoded, f"asked for by the coordinator of epoch {epoch}")
         return encoded
@@ -170,6 +179,7 @@ class Site:
             if epoch:
                 self._fenced(plan.run, epoch)
             self.policy.check(plan)
+            self._terms.begin()
             learner = self._shelf.learner(plan, weights)
             learner.model.load(weights)
             with self._controlled("") as control:
@@ -186,7 +196,9 @@ class Site:
             if epoch:
                 self._fenced(plan.run, epoch)
             self.policy.check(plan)
+            self._terms.begin()
             sums = self._measured(plan, weights, what)
+        self._terms.leave(sums.nbytes)
         self._attestor.sums_left(what, plan.run, sums)
         return sums
 
@@ -203,8 +215,8 @@ class Site:
         examples = self._shelf.images(plan, learner.task, "train")
         self.policy.may_measure(what, examples.num)
         with self._controlled("") as control:
-            share = self._shelf.max_bad_share(plan)
-            sums = measured_gram(learner.model, learner.task, examples, share, lambda: control.stopped)
+            share, clock = self._shelf.max_bad_share(plan), self._clock
+            sums = measured_gram(learner.model, learner.task, examples, share, lambda: control.stops(clock))
         if sums is None:
             raise StoreRefused("the measuring was stopped")
         return sums
@@ -231,6 +243,16 @@ class Site:
             if self._current is not None and self._current[0] == ticket_id:
                 self._current[1].abandoned = True
                 self._current[1].give("stop")
+
+    @property
+    def rate(self) -> float | None:
+        """Of what leaves, in bytes a second, by the store's policy."""
+        return self.policy.max_upload_bytes_s
+
+    def pausing(self) -> str:
+        """Why what runs now computes nothing; empty when it does, or nothing runs."""
+        with self._flags:
+            return "" if self._current is None else self._current[1].pausing
 
     def refusal(self, error: BaseException, method: str, ticket_id: str = "") -> Refusal:
         """An exception as a message; what may not leave the store goes to its own log."""
@@ -300,7 +322,8 @@ class Site:
     def _evaluate(self, plan: Plan, learner: Learner, split: str, control: Control) -> Evaluation | None:
         images = self._shelf.images(plan, learner.task, split)
         start = self._clock()
-        result = evaluate(learner.model, learner.task, images, control, self._shelf.max_bad_share(plan))
+        share = self._shelf.max_bad_share(plan)
+        result = evaluate(learner.model, learner.task, images, control, share, self._clock)
         if result is None:
             return None
         return Evaluation(self.store, split, result[1], result[0], self._clock() - start)
@@ -322,7 +345,7 @@ class Site:
 
     @contextmanager
     def _controlled(self, ticket_id: str) -> Iterator[Control]:
-        control = Control()
+        control = Control(self._terms.taken, self._terms.closed)
         with self._flags:
             self._current = ticket_id, control
             if early := self._early.pop(ticket_id, None):

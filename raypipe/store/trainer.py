@@ -30,6 +30,7 @@ from raypipe.tasks.task import Inputs
 Stopped: TypeAlias = Literal["done", "budget", "control"]
 Clock: TypeAlias = Callable[[], float]
 AUGMENTED = 1  # beside the seed: how images are changed does not hang on how they are shuffled
+LOOK_S = 0.2  # between two looks whether who owns the machine needs it still
 CHECK_EVERY = 32  # steps between looks at whether the losses are finite: each look waits for a GPU
 EVALUATION_BATCH = 256  # images at most, and
 EVALUATION_ROWS = 8192  # the same of a table
@@ -39,8 +40,11 @@ EVALUATION_PIXELS = 1 << 20  # at most so many, since activations of large image
 class Control:
     """Flags that another thread sets while a ticket trains; looked at between batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, taken: Callable[[], str] = lambda: "", closed: Callable[[], bool] = lambda: False) -> None:
+        """`taken`: why the store's owner needs the machine now; `closed`: whether it may compute no more today."""
         self.abandoned = False  # nobody wants what comes of it
+        self.pausing = ""  # why it computes nothing now
+        self._taken, self._closed = taken, closed
         self._stop = Event()
         self._go = Event()
         self._go.set()
@@ -57,6 +61,11 @@ class Control:
     def stopped(self) -> bool:
         return self._stop.is_set()
 
+    def stops(self, clock: Clock) -> bool:
+        """Whether it was told to stop, after giving way."""
+        self.give_way(clock)
+        return self.stopped
+
     def sleep(self, seconds: float) -> None:
         """Until then, or until told to stop."""
         self._stop.wait(seconds)
@@ -64,6 +73,20 @@ class Control:
     def wait_while_paused(self, seconds: float | None) -> None:
         """At most so long: a pause does not lengthen a ticket's time."""
         self._go.wait(seconds)
+
+    def give_way(self, clock: Clock) -> float:
+        """While the owner needs the machine, or until told to stop; seconds that it took, which are no work's."""
+        if not (why := self._taken()):
+            return 0.0
+        began = clock()
+        while why and not self.stopped:
+            self.pausing = why
+            self._stop.wait(LOOK_S)
+            why = self._taken()
+        self.pausing = ""
+        if self._closed():  # meanwhile
+            self.give("stop")
+        return clock() - began
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +127,7 @@ def train(
         closing(images.batches(picks, model.device, limits.max_bad_share)) as stream,
     ):
         model.train()
+        control.give_way(clock)
         start = began = clock()
         for inputs, targets in stream:
             num = _num(task, inputs, targets)
@@ -115,6 +139,7 @@ def train(
             if work.slowdown > 1:
                 control.sleep((work.slowdown - 1) * (clock() - began))
             control.wait_while_paused(_left(limits, clock() - start))
+            start += control.give_way(clock)
             began = clock()
             if stopped := _ended(steps, num_steps, _left(limits, began - start), control):
                 break
@@ -128,7 +153,7 @@ def _left(limits: Limits, elapsed: float) -> float | None:
 
 
 def evaluate(
-    model: FlatModel, task: Task, images: Examples, control: Control, max_bad_share: float
+    model: FlatModel, task: Task, images: Examples, control: Control, max_bad_share: float, clock: Clock
 ) -> tuple[dict[str, float], int] | None:
     """Sums by metric over the split and the number of images; None if told to stop."""
     sums: dict[str, Tensor | float] = {}
@@ -139,7 +164,7 @@ def evaluate(
     picks = in_order(images.num, batch_size)
     with torch.inference_mode(), closing(images.batches(picks, model.device, max_bad_share)) as stream:
         for inputs, targets in stream:
-            if control.stopped:
+            if control.stops(clock):
                 return None
             if not (num := _num(task, inputs, targets)):
                 continue

@@ -16,6 +16,9 @@ Kind: TypeAlias = Literal[
     "store_left",
     "store_missing",
     "store_set_aside",
+    "store_closed",
+    "store_paused",
+    "store_went_on",
     "ticket_failed",
     "update_rejected",
     "version_published",
@@ -32,6 +35,9 @@ KINDS: tuple[Kind, ...] = (
     "store_left",
     "store_missing",
     "store_set_aside",
+    "store_closed",
+    "store_paused",
+    "store_went_on",
     "ticket_failed",
     "update_rejected",
     "version_published",
@@ -89,6 +95,29 @@ class StoreSetAside(TypedDict):
 
     store: str
     reason: str
+
+
+class StoreClosed(TypedDict):
+    """A store's own policy says not now: by its hours, or its budget of today; `wait_s` until it may be asked again."""
+
+    store: str
+    ticket: str  # that it did not take
+    reason: str
+    wait_s: float
+
+
+class StorePaused(TypedDict):
+    """A store's training stands still, since who owns its machine needs it."""
+
+    store: str
+    reason: str
+
+
+class StoreWentOn(TypedDict):
+    """The end of a pause of so many seconds."""
+
+    store: str
+    seconds: float
 
 
 class UpdateRejected(TypedDict):

@@ -92,6 +92,7 @@ class VaultSite:
         patience_s: float = PATIENCE_S,
     ) -> None:
         self.store, self._path, self._node, self._patience_s = store, path, node, patience_s
+        self.rate: float | None = None  # of what leaves, in bytes a second, by the store's policy
         self._work = Line(path, store, pipe=pipe, speaks=speaks)
         self._aside = Line(path, store, pipe=False, speaks=speaks)
 
@@ -113,6 +114,7 @@ class VaultSite:
     def describe(self, run: str = "", epoch: int = 0) -> msg.Card:
         """The process is the actor's: it is the one that a coordinator may end."""
         card = self._asked(msg.Card, {"verb": "describe", "run": run, "epoch": epoch})
+        self.rate = card.limits.get("max_upload_bytes_s")
         return replace(card, process=os.getpid(), node=self._node)
 
     def train(self, ticket: msg.Ticket, plan: msg.Plan, weights: Array) -> msg.Report:
@@ -155,13 +157,14 @@ class VaultSite:
         body = {"verb": "control", "ticket": ticket_id, "command": command, "run": run, "epoch": epoch}
         _raised(self._call(self._aside, lambda line: _exchange(line, body)))
 
-    def ping(self) -> bool:
-        """Whether the vault answers, in seconds."""
+    def ping(self) -> bool | str:
+        """Whether the vault answers, in seconds; why it pauses, where it does."""
         try:
             with self._aside.guard:
                 try:
                     self._aside.connect().send({"verb": "ping"})
-                    return self._aside.connect().receive(PING_S).get("answer") is True
+                    answer = self._aside.connect().receive(PING_S).get("answer")
+                    return answer if isinstance(answer, str) else answer is True
                 except (OSError, StoreError):
                     self._aside.drop()
                     raise

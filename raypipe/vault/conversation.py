@@ -20,8 +20,9 @@ import numpy as np
 from raypipe.errors import ConfigError, RaypipeError, StoreError, StoreRefused
 from raypipe.ledger.keys import digest
 from raypipe.store import messages as msg
+from raypipe.store.budget import Budget
 from raypipe.vault.frames import Channel, Cut
-from raypipe.vault.guard import Budget, Limits, check_codecs, check_plan, check_vector
+from raypipe.vault.guard import Limits, check_codecs, check_plan, check_vector
 from raypipe.vault.jobs import Job, Jobs, Pool
 from raypipe.vault.memory import Inlet, Outlet
 from raypipe.vault.transfer import Incoming, Piece, pieces
@@ -71,7 +72,7 @@ class Conversation:
             "collect": self._collect,
             "settle": self._settle,
             "control": self._control,
-            "ping": lambda body: True,
+            "ping": lambda body: (self._site.pausing() if self._protocol > 2 else "") or True,
             "announce": self._announce,
             "piece": self._piece,
             "pull": self._pull,

@@ -5,18 +5,11 @@ A site in the actor's process believes that whoever holds that process means wel
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from threading import Lock
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from raypipe.errors import ConfigError, StoreError, StoreRefused
+from raypipe.errors import StoreRefused
 from raypipe.store.messages import Part, Plan
 from raypipe.tasks import tasks
 
@@ -35,55 +28,6 @@ class Limits(BaseModel):
     max_batch_bytes: Count = 4 << 30  # of one batch as the model reads it
     tickets_a_day: Count | None = None  # trained, or evaluated
     upload_bytes_a_day: Count | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """Of today."""
-
-    day: str
-    tickets: int = 0
-    upload_bytes: int = 0
-
-
-class Budget:
-    """On the store's disk before it is used: neither a restart nor a new run's name gives any of it back.
-
-    `wall`: seconds since the epoch. A clock that is set back does not begin a day again.
-    """
-
-    def __init__(self, file: Path, limits: Limits, wall: Callable[[], float]) -> None:
-        self._file, self._limits, self._wall, self._lock = file, limits, wall, Lock()
-        try:
-            self._spent = Spent(**json.loads(file.read_text("ascii")))
-        except FileNotFoundError:
-            self._spent = Spent("")
-        except (ValueError, TypeError):
-            raise ConfigError(f"{file.name} of the vault is damaged; who removes it begins the day anew") from None
-
-    @property
-    def spent(self) -> Spent:
-        return self._spent
-
-    def spend(self, *, tickets: int = 0, upload_bytes: int = 0) -> None:
-        """Raises StoreRefused when it is spent; StoreError when it cannot be written down, and then nothing is."""
-        with self._lock:
-            now = self._spent
-            if (today := f"{datetime.fromtimestamp(self._wall(), UTC):%Y-%m-%d}") > now.day:
-                now = Spent(today)
-            after = Spent(now.day, now.tickets + tickets, now.upload_bytes + upload_bytes)
-            for name in ("tickets", "upload_bytes"):
-                most = getattr(self._limits, f"{name}_a_day")
-                if most is not None and getattr(after, name) > max(most, getattr(now, name)):
-                    raise StoreRefused(f"today's {name.replace('_', ' ')} are spent ({most} by the vault's limits)")
-            part = self._file.with_suffix(".part")
-            try:
-                fields = {"day": after.day, "tickets": after.tickets, "upload_bytes": after.upload_bytes}
-                part.write_text(json.dumps(fields), "ascii")
-                os.replace(part, self._file)
-            except OSError as error:
-                raise StoreError(f"the vault cannot write its budget: {error.strerror}") from None
-            self._spent = after
 
 
 def check_vector(num_bytes: Any, limits: Limits) -> int:

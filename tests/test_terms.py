@@ -1,0 +1,340 @@
+"""What a store's policy says of now: hours, a day's bytes, a rate, and its owner's wish to have the machine."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import msgpack
+import numpy as np
+import pytest
+from test_machine import join_all, machine, of
+from test_site import Case, write
+
+from raypipe.coordinator import actions as do
+from raypipe.coordinator import events as ev
+from raypipe.coordinator.board import Board
+from raypipe.coordinator.machine import WARM_UP_S
+from raypipe.coordinator.policy import pace
+from raypipe.errors import ConfigError, StoreClosed, StoreRefused
+from raypipe.store.going import Going
+from raypipe.store.hours import closes, opens, parse
+from raypipe.store.messages import PROTOCOL, Card, Refusal, encode, expect
+from raypipe.store.policy import read_policy
+from raypipe.store.site import Site
+from raypipe.store.terms import Pacer, Terms
+
+NIGHT = [parse("22:00-06:00")]
+
+
+def at(text: str, zone: str | None = None) -> datetime:
+    """`2026-03-02 05:00`, naive or in a zone."""
+    return datetime.fromisoformat(text).replace(tzinfo=None if zone is None else ZoneInfo(zone))
+
+
+@pytest.mark.parametrize(
+    ("hours", "now", "then"),
+    [
+        ([], "2026-03-02 12:00", None),
+        (["22:00-06:00"], "2026-03-02 23:59", None),
+        (["22:00-06:00"], "2026-03-02 05:59", None),
+        (["22:00-06:00"], "2026-03-02 06:00", "2026-03-02 22:00"),
+        (["22:00-06:00"], "2026-03-02 21:59", "2026-03-02 22:00"),
+        (["06:00-22:00"], "2026-03-02 23:00", "2026-03-03 06:00"),
+        (["12:00-13:00", "22:00-06:00"], "2026-03-02 08:00", "2026-03-02 12:00"),
+        (["12:00-13:00", "22:00-06:00"], "2026-03-02 13:00", "2026-03-02 22:00"),
+        (["12:00-13:00", "22:00-06:00"], "2026-03-02 12:30", None),
+    ],
+)
+def test_hours_open_when_they_say_over_midnight_too(hours: list[str], now: str, then: str | None) -> None:
+    expected = None if then is None else at(then)
+    assert opens([parse(one) for one in hours], at(now)) == expected
+
+
+def test_hours_close_when_the_last_of_those_that_go_on_ends() -> None:
+    both = [parse("20:00-23:00"), *NIGHT]
+    assert closes(both, at("2026-03-02 22:30")) == at("2026-03-03 06:00")
+    assert closes(both, at("2026-03-02 21:00")) == at("2026-03-02 23:00")
+    assert closes(both, at("2026-03-02 12:00")) is None
+    assert closes([], at("2026-03-02 12:00")) is None
+
+
+def test_hours_of_another_zone_are_of_its_wall_clock_also_on_the_day_when_clocks_change() -> None:
+    berlin = [parse("06:00-08:00 Europe/Berlin")]
+    then = opens(berlin, at("2026-03-28 23:00", "UTC"))  # the night in which Berlin goes from UTC+1 to UTC+2
+    assert then is not None
+    assert then.astimezone(UTC) == at("2026-03-29 04:00", "UTC")
+    assert opens(berlin, at("2026-03-29 04:30", "UTC")) is None
+
+
+def policy(home: Path, **said: Any) -> Any:
+    home.mkdir(parents=True, exist_ok=True)
+    lines = "".join(f"{key}: {value}\n" for key, value in said.items())
+    (home / "policy.yaml").write_text("store: south\n" + lines)
+    return read_policy(home)
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        ("hours: 9-17", "policy.yaml: hours '9-17': HH:MM-HH:MM, and a time zone if it is not the store's own"),
+        ("hours: [22:00-06:00, 25:00-26:00]", "policy.yaml: hours '25:00-26:00': HH:MM-HH:MM"),
+        ("hours: 09:00-17:00 Mars/Base", "policy.yaml: hours '09:00-17:00 Mars/Base': no time zone 'Mars/Base'"),
+        ("hours: 09:00-09:00", "policy.yaml: hours '09:00-09:00' are no time at all; none means always"),
+        ("hours: 7", "policy.yaml: hours are written HH:MM-HH:MM, or a list of such"),
+        ("upload_bytes_a_day: 0", "policy.yaml: upload_bytes_a_day: input should be greater than or equal to 1"),
+        ("max_upload_bytes_s: -1", "policy.yaml: max_upload_bytes_s: input should be greater than 0"),
+        ("yeld_file: busy", "policy.yaml: no key 'yeld_file'. Did you mean 'yield_file'?"),
+    ],
+)
+def test_terms_that_are_wrong_get_one_line(tmp_path: Path, said: str, problem: str) -> None:
+    (tmp_path / "policy.yaml").write_text(f"store: south\n{said}\n")
+    with pytest.raises(ConfigError) as caught:
+        read_policy(tmp_path)
+    (line,) = caught.value.problems
+    assert line.startswith(problem)
+
+
+def local(text: str) -> float:
+    return at(text).timestamp()
+
+
+def test_a_closed_store_says_until_when_and_an_open_one_how_long(tmp_path: Path) -> None:
+    now = [local("2026-03-02 07:00")]
+    terms = Terms(tmp_path, policy(tmp_path, hours="22:00-06:00"), lambda: now[0])
+    with pytest.raises(StoreClosed, match=r"^closed until 22:00, by its hours$") as caught:
+        terms.begin()
+    assert caught.value.wait_s == 15 * 3600
+    now[0] = local("2026-03-02 22:30")
+    assert terms.begin() == 7.5 * 3600
+    assert Terms(tmp_path, policy(tmp_path), lambda: now[0]).begin() is None
+    late = Terms(tmp_path, policy(tmp_path, hours="06:00-07:00"), lambda: now[0])
+    with pytest.raises(StoreClosed, match="closed until Tuesday 06:00, by its hours"):
+        late.begin()
+
+
+def test_a_days_bytes_outlive_the_process_and_begin_anew_at_midnight_utc(tmp_path: Path) -> None:
+    now = [at("2026-03-02 18:00", "UTC").timestamp()]
+
+    def terms() -> Terms:
+        return Terms(tmp_path, policy(tmp_path, upload_bytes_a_day=100), lambda: now[0])
+
+    terms().leave(60)
+    terms().begin(40)
+    with pytest.raises(
+        StoreClosed, match=r"today's upload bytes are spent \(100 by the store's limits\), until 00:00 U"
+    ):
+        terms().begin(41)
+    with pytest.raises(StoreClosed) as caught:
+        terms().leave(41)
+    assert caught.value.wait_s == 6 * 3600
+    with pytest.raises(StoreRefused, match="an update has 101 bytes, the store's policy allows 100 a day") as never:
+        terms().begin(101)
+    assert not isinstance(never.value, StoreClosed), "no day would do"
+    now[0] += 6 * 3600
+    terms().leave(100)
+
+
+def test_a_closed_store_s_word_travels_and_an_older_peer_takes_it_for_a_refusal() -> None:
+    error = StoreClosed("closed until 22:00", 5.0)
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301  as Ray does
+    assert (type(again), again.message, again.wait_s) == (StoreClosed, "closed until 22:00", 5.0)
+    told = Refusal("south", "refused", "closed until 22:00", "t1", 5.0)
+    with pytest.raises(StoreClosed, match="store south: closed until 22:00") as caught:
+        expect(Card, encode(told))
+    assert caught.value.wait_s == 5.0
+    assert "wait_s" not in msgpack.unpackb(encode(told, PROTOCOL - 1))["body"]
+
+
+def open_case(home: Path, now: list[float], **said: Any) -> Case:
+    return Case(write(home, **said), site={"wall": lambda: now[0]})
+
+
+def test_a_site_trains_judges_and_measures_only_in_its_hours(tmp_path: Path) -> None:
+    now = [local("2026-03-02 12:00")]
+    case = open_case(tmp_path / "south", now, hours="22:00-06:00")
+    for ask in (
+        case.train,
+        lambda: case.site.evaluate(case.plan, case.weights, "validation"),
+        lambda: case.site.measure(case.plan, case.weights, "gram"),
+    ):
+        with pytest.raises(StoreClosed) as caught:
+            ask()
+        assert case.site.refusal(caught.value, "train").wait_s == 10 * 3600
+    now[0] = local("2026-03-02 22:00")
+    assert case.train().steps == 6
+
+
+def test_a_ticket_ends_when_the_store_closes(tmp_path: Path) -> None:
+    now = [local("2026-03-03 05:59") + 59.7]
+    case = open_case(tmp_path / "south", now, hours="22:00-06:00")
+    begin = time.monotonic()
+    report = case.train({"max_epochs": 1e6})
+    assert report.stopped == "budget"
+    assert time.monotonic() - begin < 20
+
+
+def test_a_site_pays_what_leaves_and_trains_nothing_that_could_not_leave_today(tmp_path: Path) -> None:
+    now = [at("2026-03-02 12:00", "UTC").timestamp()]
+    size = 4 * Case(tmp_path / "plain").layout.update_size
+    case = open_case(tmp_path / "south", now, upload_bytes_a_day=int(1.5 * size))
+    case.update()
+    with pytest.raises(StoreClosed, match="upload bytes are spent"):
+        case.train({"id": "t2"})
+    assert case.site.describe("r").outbox == ("t1",), "nothing was trained for nothing"
+    case.site.close()
+    case.site = Site(tmp_path / "south", wall=lambda: now[0])
+    with pytest.raises(StoreClosed):
+        case.train({"id": "t3"})
+    now[0] += 86400
+    case.update({"id": "t4"})
+
+
+def test_a_pacer_lets_bytes_go_at_the_rate_without_saving_up_a_burst() -> None:
+    pacer = Pacer(10.0)
+    assert [pacer.take(50, now) for now in (100.0, 100.0, 103.0, 1000.0)] == [0.0, 5.0, 7.0, 0.0]
+
+
+def test_an_update_goes_in_pieces_of_which_each_has_its_time() -> None:
+    update = np.arange(30_000, dtype="<f4")
+    going = Going(update, 80_000.0, 10.0)
+    update[:] = 0  # its slot was given to another
+    at_byte, pieces, times = 0, [], []
+    while at_byte < going.about["num_bytes"]:
+        piece, due_at = going.piece(at_byte)
+        assert going.piece(at_byte)[1] == due_at, "asked for again"
+        pieces.append(piece)
+        times.append(due_at)
+        at_byte += piece.size
+    assert np.array_equal(np.concatenate(pieces).view(going.about["dtype"]), np.arange(30_000, dtype="<f4"))
+    assert times[-1] == pytest.approx(10.0 + 120_000 / 80_000.0)
+    assert max(np.diff([10.0, *times])) <= 0.26
+
+
+def until(happened: Callable[[], Any], what: str) -> None:
+    end = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < end, what
+        time.sleep(0.01)
+
+
+def test_while_the_yield_file_is_there_nothing_is_computed_and_no_time_counts(tmp_path: Path) -> None:
+    case = Case(write(tmp_path / "south", yield_file="busy"))
+    busy = tmp_path / "south" / "busy"
+    reports: list[Any] = []
+    busy.touch()
+    thread = threading.Thread(target=lambda: reports.append(case.train({"budget_s": 0.5, "max_epochs": None})))
+    thread.start()
+    until(case.site.pausing, "it pauses before its first batch")
+    time.sleep(0.7)
+    assert not reports, "the pause took its budget"
+    busy.unlink()
+    until(lambda: not case.site.pausing(), "it goes on")
+    busy.touch()
+    until(case.site.pausing, "it pauses between batches")
+    assert "yield file" in case.site.pausing()
+    time.sleep(0.5)
+    busy.unlink()
+    thread.join(20)
+    (report,) = reports
+    assert 0.4 < report.seconds < 1.0
+    assert report.stopped == "budget"
+    assert case.site.pausing() == ""
+
+
+def test_a_pause_ends_by_a_stop_and_after_closing_nothing_goes_on(tmp_path: Path) -> None:
+    now = [local("2026-03-02 23:00")]
+    case = open_case(tmp_path / "south", now, yield_file="busy", hours="22:00-06:00")
+    busy = tmp_path / "south" / "busy"
+    reports: list[Any] = []
+    for number, end in enumerate((lambda: case.site.control("*", "stop"), busy.unlink)):
+        busy.touch()
+        asked = {"id": f"x{number}", "max_epochs": 1e6}
+        thread = threading.Thread(target=lambda asked=asked: reports.append(case.train(asked)))  # type: ignore[misc]
+        thread.start()
+        until(case.site.pausing, "it pauses")
+        if number:
+            now[0] += 8 * 3600
+        end()
+        thread.join(20)
+        assert reports[number].stopped == "control"
+        assert reports[number].steps == 1
+
+
+# -- the coordinator ----------------------------------------------------------------------------------------
+
+
+def test_a_closed_store_is_asked_again_when_it_opens_and_has_no_strike() -> None:
+    m = machine(pace("wait_for_all", 2, {"max_failures": 1, "max_versions": 9}), 2)
+    tickets = {a.store: a for a in of(do.Train, join_all(m))}
+    actions = m.handle(ev.Deferred(tickets["s1"].ticket, "closed until 06:00, by its hours", 3600.0, 1.0))
+    (record,) = of(do.Record, actions)
+    assert (record.kind, record.body["reason"]) == ("store_closed", "closed until 06:00, by its hours")
+    assert m.members["s1"].failures == 0
+    m.handle(ev.Trained(tickets["s0"].ticket, 1, 1, 1, 1.0, 1.0, 2.0))
+    m.handle(ev.UpdateArrived(tickets["s0"].ticket, 4, 2.0))
+    assert of(do.Publish, m.handle(ev.Folded((tickets["s0"].ticket,), (), 2.0))), "nobody waits for it"
+    assert [a.store for a in of(do.Train, m.handle(ev.Published(1, 3.0)))] == ["s0"]
+    assert [a.store for a in of(do.Train, m.handle(ev.Tick(3600.0)))] == []
+    m = machine(pace("delta_async", 2, {"max_versions": 9}), 2)
+    tickets = {a.store: a for a in of(do.Train, join_all(m))}
+    m.handle(ev.Deferred(tickets["s1"].ticket, "closed", 50.0, 1.0))
+    assert m.wake_at() == 51.0
+    assert [a.store for a in of(do.Train, m.handle(ev.Tick(51.0)))] == ["s1"]
+
+
+def test_a_run_whose_stores_are_all_closed_waits_for_the_night() -> None:
+    m = machine(pace("fedbuff", 2, {"join_s": 120.0, "max_versions": 9}), 2)
+    for ticket in of(do.Train, join_all(m)):
+        m.handle(ev.Deferred(ticket.ticket, "closed until 22:00, by its hours", 10 * 3600.0, 1.0))
+    assert m.handle(ev.Tick(9 * 3600.0)) == []
+    assert m.ending is None
+    assert [a.store for a in of(do.Train, m.handle(ev.Tick(10 * 3600.0 + 1)))] == ["s0", "s1"]
+
+
+def test_a_store_that_pauses_is_not_hung_however_long_and_after_a_while_not_waited_for() -> None:
+    m = machine(pace("wait_for_all", 2, {"deadline_s": 10.0, "hung_s": 5.0, "max_versions": 9}), 2)
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    m.handle(ev.Trained(tickets["s0"], 1, 1, 1, 1.0, 1.0, 1.0))
+    (record,) = of(do.Record, m.handle(ev.StorePaused("s1", "its owner needs the machine", 2.0)))
+    assert record.kind == "store_paused"
+    m.handle(ev.UpdateArrived(tickets["s0"], 4, 3.0))
+    assert of(do.Publish, m.handle(ev.Folded((tickets["s0"],), (), 3.0))) == []
+    assert m.wake_at() == 7.0
+    assert of(do.Publish, m.handle(ev.Tick(7.0))), "hung_s after its pause began, nobody waits for it"
+    assert of(do.Restart, m.handle(ev.Tick(5000.0))) == []
+    (record,) = of(do.Record, m.handle(ev.StoreWentOn("s1", 5002.0)))
+    assert (record.kind, record.body["seconds"]) == ("store_went_on", 5000.0)
+    hung_at = 10.0 + 5.0 + WARM_UP_S + 5000.0
+    assert of(do.Restart, m.handle(ev.Tick(hung_at - 0.1))) == []
+    assert [a.store for a in of(do.Restart, m.handle(ev.Tick(hung_at)))] == ["s1"], "what hangs then is hung"
+
+
+def test_a_slow_link_by_policy_is_not_hung() -> None:
+    m = machine(pace("wait_for_all", 1, {"hung_s": 5.0, "deadline_s": 1.0, "max_versions": 9}), 1)
+    (ticket,) = of(do.Train, m.handle(ev.StoreJoined("s0", 100, 0.0, (), 1000.0)))
+    trained = replace(ev.Trained(ticket.ticket, 1, 1, 1, 1.0, 1.0, 100.0), update_bytes=500_000)
+    assert of(do.Collect, m.handle(trained))
+    assert of(do.Restart, m.handle(ev.Tick(1100.0))) == []
+    assert of(do.Restart, m.handle(ev.Tick(1106.0)))
+
+
+def test_the_table_shows_why_a_store_is_closed_or_pauses() -> None:
+    board = Board("accuracy")
+    board.add("store_joined", {"store": "a", "counts": {"train": 1}})
+    board.training("a", 0)
+    board.add("store_paused", {"store": "a", "reason": "its owner needs the machine (yield file)"})
+    assert (board.rows["a"].state, board.rows["a"].reason) == ("paused", "its owner needs the machine (yield file)")
+    board.add("store_went_on", {"store": "a", "seconds": 3.2})
+    assert board.rows["a"].state == "training"
+    board.ready("a")
+    board.add("store_closed", {"store": "a", "reason": "closed until 22:00, by its hours", "wait_s": 1.0})
+    assert (board.rows["a"].state, board.rows["a"].reason) == ("closed", "closed until 22:00, by its hours")
+    assert board.lines[-1] == "a is closed: closed until 22:00, by its hours"
