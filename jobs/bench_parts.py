@@ -137,6 +137,9 @@ class NoStore:
     def kill(self) -> None:
         pass
 
+    async def release(self) -> None:
+        pass
+
 
 def coordinator_ms(config: RunConfig, home: Path) -> float:
     """Milliseconds per update in published versions: machine, shell, fold, step, journal, weights, Ray's store."""

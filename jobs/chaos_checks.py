@@ -97,6 +97,10 @@ def step(world: World) -> None:
     m = world.machine
     training = [t for t in m.tickets.values() if t.phase is Phase.TRAINING]
     assert all(m.members[t.store].present for t in training), "in training at a store that is not there"
+    most = m.policy.max_active_stores
+    there = [shop.name for shop in world.shops.values() if shop.here or shop.linked]
+    assert most is None or len(there) <= most, f"{there} are there, {most} may be"
+    assert most is None or sum(member.asked for member in m.members.values()) <= most, "more are asked for than may be"
     if world.downs:
         return
     assert len({t.store for t in training}) == len(training), "two tickets in training at one store"

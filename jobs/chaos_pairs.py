@@ -60,6 +60,7 @@ def _meets(m: Coordinator, event: ev.Event) -> set[str]:
             about = [t for t in m.tickets.values() if t.id in names]
         case (
             ev.StoreJoined(store=store)
+            | ev.StoreAdded(store=store)
             | ev.StoreLeft(store=store)
             | ev.StoreHung(store=store)
             | ev.StorePaused(store=store)

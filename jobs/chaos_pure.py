@@ -71,6 +71,9 @@ def random_policy(chance: random.Random) -> Policy:
         "buffer_size": maybe(chance.randint(1, 7)),
         "tick": chance.random() < 0.4,
         "concurrency": maybe(chance.randint(1, 6)),
+        "max_active_stores": chance.randint(1, 4) if chance.random() < 0.3 else None,
+        "turn": chance.randint(1, 3),
+        "cool_down_s": chance.choice([0.0, 3.0, 30.0]),
         "budget_s": maybe(chance.uniform(0.2, 5)),
         "deadline_s": maybe(chance.uniform(0.5, 8)),
         "hung_s": chance.uniform(1, 20),
@@ -95,6 +98,8 @@ def random_policy(chance: random.Random) -> Policy:
     }
     if said["refill"] == "on_arrival":
         said |= {"buffer_size": said["buffer_size"] or 1, "in_order": False, "tick": False}
+    if said["max_active_stores"] is not None:
+        said["quorum"] = min(said["quorum"], said["max_active_stores"])
     if said["budget_s"] is not None and said["deadline_s"] is not None:
         said["deadline_s"] += said["budget_s"]
     return Policy(**said)

@@ -36,6 +36,7 @@ class Shop:
     busy_until: float = 0.0
     here: bool = False  # a process is there to be spoken to
     linked: bool = False  # joined, and the coordinator was not told that it left
+    asked: bool = True  # it may join
 
 
 class AtStore:
@@ -71,7 +72,8 @@ class Network:
         world = self.world
         for shop in world.shops.values():
             shop.here = shop.linked = False
-            if shop.healthy or world.chance.random() < (0.8 if first_time else 0.7):
+            shop.asked = world.policy.max_active_stores is None
+            if shop.asked and (shop.healthy or world.chance.random() < (0.8 if first_time else 0.7)):
                 at = max(world.at + world.chance.uniform(0, 3 if first_time else 8), shop.busy_until)
                 world.later(at, ev.StoreJoined(shop.name, shop.images, at))
             if self.trouble(shop.name, 0.1):
@@ -83,7 +85,7 @@ class Network:
         if not isinstance(event, ev.StoreJoined):
             shop.linked = False
             return event
-        if shop.linked:
+        if shop.linked or not shop.asked:
             return None
         shop.here = shop.linked = True
         shop.epoch = max(shop.epoch, self.world.epoch)
@@ -93,6 +95,20 @@ class Network:
         self._ends(store)
         self.world.later(self.world.at + 0.5, ev.StoreLeft(store, "its process ended", 0.0))
         self.world.later(self.world.at + 2, ev.StoreJoined(store, self.world.shops[store].images, 0.0))
+
+    def asked(self, store: str) -> None:
+        world, shop = self.world, self.world.shops[store]
+        shop.asked = True
+        if shop.healthy or world.chance.random() < 0.8:
+            at = max(world.at + world.chance.uniform(0, 8), shop.busy_until)
+            world.later(at, ev.StoreJoined(store, shop.images, at))
+            if self.trouble(store, 0.2):  # it was joining as it was released
+                world.later(at, ev.StoreJoined(store, shop.images, at))
+
+    def release(self, store: str) -> None:
+        self._ends(store)
+        shop = self.world.shops[store]
+        shop.asked = shop.linked = False
 
     def _ends(self, store: str) -> None:
         shop = self.world.shops[store]
@@ -116,8 +132,10 @@ class Network:
         """By command, whether it is there or not; and comes back by command."""
         world, at = self.world, self.world.at
         self._ends(store)
-        world.later(at, ev.StoreLeft(store, "its operator took it out", at))
-        world.later(at + world.chance.uniform(0.1, 20), ev.StoreJoined(store, world.shops[store].images, at))
+        world.later(at, ev.StoreLeft(store, "its operator took it out", at, True))
+        back = at + world.chance.uniform(0.1, 20)
+        world.later(back, ev.StoreAdded(store, at))
+        world.later(back, ev.StoreJoined(store, world.shops[store].images, at))
 
     def meanwhile(self, queue: list[Item], at: float, away_s: float) -> list[Item]:
         """What goes on while the coordinator is away; its own clock stands still."""

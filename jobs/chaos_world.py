@@ -120,6 +120,8 @@ class World:
             )
             first, withdrawn = back.actions, back.withdrawn
             self._set_clock(self.machine.memory().now)
+        elif self.policy.max_active_stores is not None:
+            first = self.machine.handle(ev.Tick(self.at))
         self.disk.record("run_started", {"epoch": self.epoch})
         for version in withdrawn:
             self.disk.record("version_withdrawn", {"version": version, "reason": "lost"})
@@ -251,6 +253,10 @@ class World:
                 self._settle(action)
             case do.Restart(store=store):
                 self.network.restart(store)
+            case do.Ask(store=store):
+                self.network.asked(store)
+            case do.Release(store=store):
+                self.network.release(store)
             case do.Evaluate():
                 self.network.evaluate(action)
             case do.Cancel() | do.Finish():

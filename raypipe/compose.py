@@ -22,6 +22,7 @@ from raypipe.coordinator.actions import Action, Record
 from raypipe.coordinator.board import Board
 from raypipe.coordinator.composition import Composition
 from raypipe.coordinator.diary import Diary
+from raypipe.coordinator.events import Tick
 from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.notary import Notary
 from raypipe.coordinator.resume import bring_back
@@ -85,6 +86,8 @@ def compose(
     if again:
         first = _take_up(past, machine, diary, book, model)
         machine.policy = policy_of(said)
+    elif said.pacing.max_active_stores is not None:
+        first = machine.handle(Tick(machine.now))  # whom to ask for first
     clock = _clock(machine.memory().now)
     notary = _notary(said, place, run, board, demo=home is not None and said.local is not None)
     epochs = said.train.local_epochs
@@ -107,6 +110,7 @@ def compose(
         clock=clock,
         wall=time.time,
         notary=notary,
+        asks_all=said.pacing.max_active_stores is None,
     )
     started = _started(said, run, layout, plan, code, past.epoch + 1, home is None)
     shell.record("run_started", started | ({"asked": list(asked)} if asked else {}))

@@ -82,6 +82,9 @@ class SitePort:
     def kill(self) -> None:
         pass
 
+    async def release(self) -> None:
+        pass
+
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -282,6 +285,7 @@ class NoOp:
     def settle(self, verdict: msg.Verdict) -> None: ...
     def control(self, ticket: str, command: msg.Command) -> None: ...
     def kill(self) -> None: ...
+    async def release(self) -> None: ...
 
     async def watch(self, heartbeat_s: float, pauses: Callable[[str], None]) -> tuple[bool, str]:
         await asyncio.Event().wait()

@@ -93,6 +93,9 @@ class Pacing(Section):
     cohort: Count | None = None
     buffer_size: Count | None = None  # K
     concurrency: Count | None = None  # tickets in training at once
+    max_active_stores: Count | None = None  # stores that have an actor at a time; None: all
+    turn: Count = 1  # updates that a store hands over before another has its place, where not all have one
+    cool_down_s: Annotated[float, Field(ge=0)] = 0.0  # so long a store that was released is not asked for
     budget_s: Positive | None = None  # the time budget of each ticket
     deadline_s: Positive | None = None  # ends a ticket's hold on its slot, not its worth
     hung_s: Positive = 60.0  # so long after its deadline a store is killed and restarted
@@ -204,4 +207,9 @@ class RunConfig(Section):
             wanted = getattr(self.pacing, key)
             if wanted is not None and wanted > len(self.stores):
                 raise ValueError(f"pacing.{key} {wanted} is more than the {len(self.stores)} stores there are")
+            most = self.pacing.max_active_stores
+            if wanted is not None and most is not None and wanted > most:
+                raise ValueError(
+                    f"pacing.{key} {wanted} is more than pacing.max_active_stores {most}, which can be there"
+                )
         return self

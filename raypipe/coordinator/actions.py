@@ -112,6 +112,20 @@ class Restart:
 
 
 @dataclass(frozen=True, slots=True)
+class Ask:
+    """Have a store in the run: its actor is made, or found; StoreJoined follows when it is there."""
+
+    store: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """End a store's process, so that its node is free; it is not expected back until it is asked for."""
+
+    store: str
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluate:
     """Judge a version at a store; answered by Evaluated or EvaluationFailed."""
 
@@ -138,4 +152,6 @@ class Finish:
     failed: bool = False
 
 
-Action: TypeAlias = Train | Cancel | Collect | Fold | Publish | Keep | Settle | Restart | Evaluate | Record | Finish
+Action: TypeAlias = (
+    Train | Cancel | Collect | Fold | Publish | Keep | Settle | Restart | Ask | Release | Evaluate | Record | Finish
+)

@@ -113,7 +113,11 @@ class Coordinator:
 
     async def join(self, store: dict[str, Any]) -> None:
         """Take a store into the running federation."""
-        self._keep(Store(**store))
+        added = Store(**store)
+        self._keep(added)
+        if self._composition is not None:
+            shell = self._composition.shell
+            shell.inbox.put_nowait(ev.StoreAdded(added.id, shell.clock()))
 
     async def leave(self, store: str) -> None:
         """Let a store go; what it has contributed stays."""
@@ -121,7 +125,7 @@ class Coordinator:
             raise RunError(f"store {store} is not in this run")
         self._keeping.pop(store).cancel()
         shell = self._composition.shell
-        shell.inbox.put_nowait(ev.StoreLeft(store, "its operator took it out", shell.clock()))
+        shell.inbox.put_nowait(ev.StoreLeft(store, "its operator took it out", shell.clock(), True))
         shell.ports[store].kill()
 
     async def _composed(self) -> Composition:
@@ -135,7 +139,8 @@ class Coordinator:
         """Of all stores, before there is anything else; their processes stay for the run."""
         ports = {store.id: StoreClient(store, self._run, FIRST, question.code) for store in config.stores}
         handle = None if question.weights is None else ray.put(question.weights)
-        return await ask(ports, question, handle, join_s=config.pacing.join_s)
+        at_once = config.pacing.max_active_stores
+        return await ask(ports, question, handle, join_s=config.pacing.join_s, at_once=at_once)
 
     # -- inside ---------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ class Asked(Protocol):
 
     async def join(self) -> msg.Card: ...
     async def measure(self, plan: bytes, weights: Any, what: str) -> np.ndarray: ...
+    async def release(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +43,19 @@ class Question:
     quorum: int
 
 
-async def ask(ports: Mapping[str, Asked], question: Question, weights: Any, *, join_s: float) -> Answers:
+async def ask(
+    ports: Mapping[str, Asked], question: Question, weights: Any, *, join_s: float, at_once: int | None = None
+) -> Answers:
     """Raises RunError with each store's reason when fewer than the quorum answer within `join_s`.
 
-    `weights`: the question's, as stores can fetch them.
+    `weights`: the question's, as stores can fetch them. `at_once`: so many stores have an actor at a time, and each
+    that answered is released; `join_s` is then for each such group.
     """
     plan, what, quorum = question.plan, question.what, question.quorum
     began = time.monotonic()
-    asking = {store: asyncio.ensure_future(_asked(port, plan, weights, what)) for store, port in ports.items()}
-    until = began + join_s
+    places = None if at_once is None else asyncio.Semaphore(at_once)
+    asking = {store: asyncio.ensure_future(_asked(port, plan, weights, what, places)) for store, port in ports.items()}
+    until = began + join_s * (1 if at_once is None else -(-len(ports) // at_once))
     try:
         while not all(task.done() for task in asking.values()) and (left := until - time.monotonic()) > 0:
             running = [task for task in asking.values() if not task.done()]
@@ -76,6 +81,12 @@ async def ask(ports: Mapping[str, Asked], question: Question, weights: Any, *, j
     return Answers(sums, missing)
 
 
-async def _asked(port: Asked, plan: bytes, weights: Any, what: str) -> np.ndarray:
-    await port.join()
-    return np.array(await port.measure(plan, weights, what), np.float64)  # what came is valid until the next
+async def _asked(port: Asked, plan: bytes, weights: Any, what: str, places: asyncio.Semaphore | None) -> np.ndarray:
+    if places is None:
+        await port.join()
+        return np.array(await port.measure(plan, weights, what), np.float64)  # what came is valid until the next
+    async with places:
+        try:
+            return await _asked(port, plan, weights, what, None)
+        finally:
+            await port.release()

@@ -14,7 +14,7 @@ class Row:
     """One store so far."""
 
     store: str
-    state: str = "waiting"  # waiting | training | paused | ready | closed | gone | set aside
+    state: str = "waiting"  # waiting | training | paused | ready | closed | gone | released | set aside
     images: int = 0
     data_bytes: int = 0
     updates: int = 0
@@ -83,6 +83,11 @@ class Board:
             case "store_left":
                 row.state, row.reason = "gone", reason
                 self.lines.append(f"{row.store} left: {reason}")
+            case "store_asked":
+                row.state, row.reason = "waiting", ""
+            case "store_released":
+                if row.state != "closed":  # then its reason says more
+                    row.state, row.reason = "released", reason
             case "store_missing":
                 row.state, row.reason = "waiting", reason
                 self.lines.append(reason)

@@ -32,7 +32,18 @@ FOLDER = "diary"
 SCHEMA = 2  # 1 did not count records: which of them were not written cannot be known
 STEPS = 2000  # lines of a file, after which the next version begins another
 FILES = 500  # older ones are removed: what they hold is in the checkpoints
-DECISIONS = (do.Train, do.Collect, do.Fold, do.Publish, do.Keep, do.Settle, do.Restart, do.Finish)
+DECISIONS = (
+    do.Train,
+    do.Collect,
+    do.Fold,
+    do.Publish,
+    do.Keep,
+    do.Settle,
+    do.Restart,
+    do.Ask,
+    do.Release,
+    do.Finish,
+)
 
 _KINDS = {kind.__name__: TypeAdapter(kind) for kind in get_args(ev.Event)}
 _MEMORY = TypeAdapter(Memory)

@@ -27,12 +27,21 @@ class Resumed:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreAdded:
+    """By its operator's command a store belongs to the run; it is asked for when its turn comes."""
+
+    store: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class StoreLeft:
-    """A store's node, process or link is gone, or its operator took it out."""
+    """A store's node, process or link is gone, or its operator took it out (`for_good`)."""
 
     store: str
     reason: str
     at: float
+    for_good: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +199,7 @@ class StopAsked:
 Event: TypeAlias = (
     StoreJoined
     | Resumed
+    | StoreAdded
     | StoreLeft
     | StoreHung
     | Trained

@@ -42,6 +42,13 @@ def pace_in_words(policy: Policy, num_stores: int) -> str:
     return "a version when all stores came, folded in store order"
 
 
+def _turns(policy: Policy) -> list[str]:
+    if policy.max_active_stores is None:
+        return []
+    each = "each update" if policy.turn == 1 else f"{policy.turn} updates"
+    return [f"at most {policy.max_active_stores} stores have an actor at a time; another's turn comes after {each}"]
+
+
 def explain(stores: Sequence[tuple[str, float, float]], policy: Policy, sizes: Sizes) -> list[str]:
     """Lines for `raypipe check`; stores are (id, CPUs, GPUs)."""
     n, versions = len(stores), expected_versions(policy)
@@ -50,6 +57,7 @@ def explain(stores: Sequence[tuple[str, float, float]], policy: Policy, sizes: S
     lines += [f"  {s:<16} on the node with store:{s}, {cpus:g} CPU, {gpus:g} GPU" for s, cpus, gpus in stores]
     lines += [
         f"pace: {pace_in_words(policy, n)}",
+        *_turns(policy),
         f"model: {sizes.parameters:,} parameters; for each update {sizes.down_bytes / 1e6:.2f} MB down and "
         f"{sizes.up_bytes / 1e6:.2f} MB up",
         f"coordinator: {sizes.server_bytes / 1e6:.1f} MB for weights, server state and the open sum, for any number of "

@@ -26,6 +26,7 @@ from dataclasses import fields, replace
 
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
+from raypipe.coordinator import rotation
 from raypipe.coordinator.policy import Policy
 from raypipe.coordinator.state import Member, Memory, Phase, Scores, Ticket
 from raypipe.tasks.metrics import derived
@@ -54,7 +55,7 @@ class Coordinator:
         """`chance`: a version's own random numbers, so that there is no random state to be saved."""
         self.policy = policy
         self.epoch = 1
-        self.members = {store: Member(store) for store in sorted(stores)}
+        self.members = {store: Member(store, asked=policy.max_active_stores is None) for store in sorted(stores)}
         self.tickets: dict[str, Ticket] = {}
         self.version = 0
         self.publishing: do.Publish | None = None
@@ -86,9 +87,11 @@ class Coordinator:
             case ev.StoreJoined():
                 actions += self._joined(event, at)
             case ev.Resumed():
-                self._resumed(event, at)
+                actions += self._resumed(event, at)
+            case ev.StoreAdded(store=store):
+                self._added(store)
             case ev.StoreLeft(store=store, reason=reason):
-                actions += self._left(store, reason)
+                actions += self._left(store, reason, for_good=event.for_good)
             case ev.StoreHung(store=store, reason=reason):
                 actions += self._restart(store, reason, at)
             case ev.Trained():
@@ -132,6 +135,7 @@ class Coordinator:
         actions += self._collect(at)
         actions += self._fold()
         actions += self._publish()
+        actions += self._rotate(at)
         actions += self._train(at)
         self._note_emptiness(at)
         return self._numbered(actions + self._finish(at))
@@ -140,16 +144,19 @@ class Coordinator:
         """When the next Tick is needed, in seconds of the shell's clock; inf when only an event can help."""
         pending = [t for t in self.tickets.values() if t.phase in AWAITED]
         times = [t.due_at for t in pending] + [t.hung_at for t in pending]
-        times += [m.returning for m in self.members.values()]
+        times += [when for m in self.members.values() for when in (m.returning, m.coming_until)]
+        times += [rotation.rests_until(m, self.policy) for m in self.members.values() if not m.asked and not m.aside]
+        if self.policy.max_active_stores is not None:
+            times += [m.asked_at + self.policy.join_s for m in self.members.values() if m.asked and not m.present]
         times += [max(m.retry_at, m.closed_until) for m in self.members.values() if m.present and not m.aside]
         times += [m.paused_at + self.policy.hung_s for m in self.members.values() if m.paused_at is not None]
         if self.started_at is None:
-            times.append(self.created_at + self.policy.join_s)
+            times.append(self.created_at + self.patience_s)
         elif self.policy.max_seconds is not None and self.ending is None:
             limit = self.started_at + self.policy.max_seconds
             times += [limit, limit + 0.5 * (self.policy.budget_s or 0.0)]
         if self.empty_since is not None:
-            times.append(self.empty_since + self.policy.join_s)
+            times.append(self.empty_since + self.patience_s)
         if self.ending is not None:
             times.append(self.ending[1] + self.closing_s)
         return min((t for t in times if t > self.now), default=math.inf)
@@ -174,9 +181,12 @@ class Coordinator:
 
     def _joined(self, event: ev.StoreJoined, at: float) -> list[do.Action]:
         member = self.members.setdefault(event.store, Member(event.store))
+        if not member.asked:  # it came as it was released
+            return []
         if not member.restarting and member.returning <= at:  # it came back from outside: a new chance
             member.aside, member.failures, member.retry_at, member.closed_until = "", 0, at, at
-        member.present, member.restarting, member.warm, member.returning = True, False, False, -math.inf
+        member.present, member.restarting, member.warm, member.missed = True, False, False, False
+        member.returning = member.coming_until = -math.inf
         member.num_train, member.max_upload_bytes_s = event.num_train, event.max_upload_bytes_s
         mine = [t for t in self.tickets.values() if t.store == event.store]
         forgotten = [ticket for ticket in event.outbox if ticket not in self.tickets]
@@ -190,7 +200,46 @@ class Coordinator:
                 actions.append(do.Settle(event.store, ticket.id, None, member.aside or "the run ended"))
         return actions
 
-    def _resumed(self, event: ev.Resumed, at: float) -> None:
+    def _added(self, store: str) -> None:
+        """Where not all may be there; else it is simply there when it joins."""
+        member = self.members.setdefault(store, Member(store, asked=self.policy.max_active_stores is None))
+        member.aside = ""
+
+    def _rotate(self, at: float) -> list[do.Action]:
+        """Release who is not needed, ask for who is next; see rotation.py."""
+        if self.ending is not None:
+            return []
+        actions: list[do.Action] = []
+        busy = {t.store for t in self.tickets.values()}
+        busy |= {s for s in self.cohort if self.members[s].present}
+        lacking = len(self._waiting()) - rotation.room(self.members.values(), self.policy)
+        for member in [m for m in self.members.values() if m.asked and m.id not in busy]:
+            if reason := rotation.why_release(member, self.policy, at, crowded=lacking > 0):
+                lacking -= 1
+                actions += self._let_go(member, reason, at)
+        room = rotation.room(self.members.values(), self.policy)
+        if room < 1 or not (able := self._waiting()):
+            return actions
+        awaited = self.policy.max_active_stores is not None and not self.policy.tick
+        for member in rotation.in_turn(able, self._chance(self.version))[: int(min(room, len(able)))]:
+            member.asked, member.asked_at, member.turns = True, at, 0
+            member.coming_until = at + self.policy.join_s if awaited else -math.inf
+            actions += [do.Ask(member.id), do.Record("store_asked", {"store": member.id})]
+        return actions
+
+    def _let_go(self, member: Member, reason: str, at: float) -> list[do.Action]:
+        member.missed = not member.present and not member.aside and member.closed_until <= at
+        member.asked = member.present = member.restarting = False
+        member.released_at, member.paused_at = at, None
+        member.returning = member.coming_until = -math.inf
+        self.cohort = [s for s in self.cohort if s != member.id]
+        self._heard(self.version, member.id)
+        return [do.Release(member.id), do.Record("store_released", {"store": member.id, "reason": reason})]
+
+    def _waiting(self) -> list[Member]:
+        return rotation.waiting(self.members.values(), self.policy, self.now)
+
+    def _resumed(self, event: ev.Resumed, at: float) -> list[do.Action]:
         """Everything in flight is asked for again when its store is back; the open sum begins anew."""
         self.epoch, until = event.epoch, at + event.grace_s
         for member in self.members.values():
@@ -204,6 +253,14 @@ class Coordinator:
         self.created_at = self.created_at if self.started_at is not None else at
         self.publishing, self.awaited = None, None
         self.central_busy, self.empty_since = False, None
+        if self.policy.max_active_stores is None:  # all are
+            for member in self.members.values():
+                member.asked = True
+            return []
+        asked = [member for member in self.members.values() if member.asked]
+        for member in asked:
+            member.asked_at = at
+        return [do.Ask(member.id) for member in asked]
 
     def _withdrawn(self, version: int, reason: str) -> list[do.Action]:
         """The newest version's weights are lost: it is made again, of what still can be had."""
@@ -219,11 +276,14 @@ class Coordinator:
         self.scores.withdraw(version)
         return [do.Settle(t.store, t.id, None, reason) for t in gone]
 
-    def _left(self, store: str, reason: str) -> list[do.Action]:
+    def _left(self, store: str, reason: str, *, for_good: bool = False) -> list[do.Action]:
         member = self.members.get(store)
         if member is None:
             return []
-        member.returning = -math.inf
+        member.returning = member.coming_until = -math.inf
+        member.asked_at = self.now
+        if for_good and self.policy.max_active_stores is not None:
+            member.aside = reason
         if not member.present:
             return []
         member.present, member.paused_at = False, None
@@ -310,6 +370,7 @@ class Coordinator:
         ticket.digest, ticket.signature = event.digest, event.signature
         member = self.members[ticket.store]
         member.warm = True
+        member.turns += 1
         if not ticket.again:
             member.last_s = event.at - ticket.issued_at
             member.overhead_s = max(0.0, member.last_s - ticket.seconds)
@@ -625,8 +686,8 @@ class Coordinator:
     def _reason_to_end(self, at: float) -> str:
         policy = self.policy
         if self.started_at is None:
-            late = at >= self.created_at + policy.join_s
-            return f"no quorum after {policy.join_s:.0f} s" if late else ""
+            late = at >= self.created_at + self.patience_s
+            return f"no quorum after {self.patience_s:.0f} s" if late else ""
         if policy.max_versions is not None and self.version >= policy.max_versions:
             return f"{self.version} versions"
         over = at - self.started_at - policy.max_seconds if policy.max_seconds is not None else -1.0
@@ -638,13 +699,15 @@ class Coordinator:
             return f"no better version in {policy.patience}"
         if self.members and all(m.aside for m in self.members.values()):
             return "every store is set aside"
-        if self.empty_since is not None and at >= self.empty_since + policy.join_s:
-            return f"no store was left for {policy.join_s:.0f} s"
+        if self.empty_since is not None and at >= self.empty_since + self.patience_s:
+            return f"no store was left for {self.patience_s:.0f} s"
         return ""
 
     def _note_emptiness(self, at: float) -> None:
         """Since when no store can be given work, none even later today; whoever comes back in time ends it."""
-        usable = any(m.counts(at) or (m.closed_until > at and not m.aside) for m in self.members.values())
+        there = [m for m in self.members.values() if not m.aside]
+        usable = any(m.present or max(m.returning, m.closed_until) > at for m in there)
+        usable = usable or any(not m.asked and rotation.rests_until(m, self.policy) > at for m in there)
         self.empty_since = None if usable or self.started_at is None else (self.empty_since or at)
 
     def _end(self, reason: str, at: float) -> list[do.Action]:
@@ -660,6 +723,11 @@ class Coordinator:
     def _training(self) -> list[Ticket]:
         return [t for t in self.tickets.values() if t.phase is Phase.TRAINING]
 
+    @property
+    def patience_s(self) -> float:
+        """How long the run goes on without enough stores."""
+        return rotation.patience_s(self.members, self.policy)
+
     def _late(self, ticket: Ticket) -> bool:
         paused_at = self.members[ticket.store].paused_at
         left = paused_at is not None and paused_at + self.policy.hung_s <= self.now
@@ -673,7 +741,13 @@ class Coordinator:
         """Stores that may be given work now."""
         handing_over = Phase.COLLECTING if self.policy.refill == "on_arrival" else Phase.TRAINING
         busy = {t.store for t in self.tickets.values() if t.phase <= handing_over}
-        return [s for s, m in self.members.items() if m.available(self.now) and s not in busy]
+        limited = self.policy.max_active_stores is not None
+        over = limited and bool(self._waiting())  # then who has had a turn is given nothing more
+        return [
+            s
+            for s, m in self.members.items()
+            if m.available(self.now) and s not in busy and not (over and rotation.turn_over(m, self.policy))
+        ]
 
     def _slots_taken(self) -> int:
         return sum(not self._late(t) for t in self._training())
@@ -682,9 +756,10 @@ class Coordinator:
         return [t for t in self.tickets.values() if t.phase in (Phase.FOLDING, Phase.FOLDED)]
 
     def _returning(self) -> set[str]:
-        """Stores that were there when the coordinator died, hold no ticket and may come back in time."""
+        """Stores that hold no ticket and may come in time: asked for, or there when the coordinator died."""
         held = {t.store for t in self.tickets.values() if t.phase <= Phase.TRAINING}
-        return {s for s, m in self.members.items() if m.returning > self.now and not m.aside and s not in held}
+        coming = {s for s, m in self.members.items() if max(m.returning, m.coming_until) > self.now and not m.aside}
+        return coming - held
 
     def _startable(self) -> list[str]:
         """Members of the open cohort that wait for a slot or for the end of their back-off."""

@@ -25,6 +25,9 @@ class Policy:
     buffer_size: int | None = None  # K; None: by the clock (tick) or the whole cohort
     tick: bool = False  # a version at the tick with who is there
     concurrency: int | None = None  # None: no limit
+    max_active_stores: int | None = None  # None: all; this and the next two: see rotation.py
+    turn: int = 1
+    cool_down_s: float = 0.0
     budget_s: float | None = None
     deadline_s: float | None = None
     hung_s: float = 60.0
@@ -61,15 +64,16 @@ def pace(name: str, num_stores: int, overrides: dict[str, Any]) -> Policy:
     given = {key: value for key, value in overrides.items() if value is not None}
     if name != "paced":  # there a ticket's work is given, not its time; a deadline bounds it
         given.pop("budget_s", None)
-    concurrency = given.get("concurrency") or num_stores
+    active = min(num_stores, given.get("max_active_stores") or num_stores)
+    concurrency = given.get("concurrency") or active
     presets: dict[str, Policy] = {
         "paced": Policy(refill="on_publish", tick=True, weigh="steps", budget_s=10.0),
         "wait_for_all": Policy(refill="on_publish", in_order=True),
-        "k_of_n": Policy(refill="on_publish", buffer_size=max(1, -(-2 * num_stores // 3))),
-        "fedbuff": Policy(refill="on_arrival", buffer_size=min(num_stores, max(3, concurrency // 2))),
+        "k_of_n": Policy(refill="on_publish", buffer_size=max(1, -(-2 * active // 3))),
+        "fedbuff": Policy(refill="on_arrival", buffer_size=min(active, max(3, concurrency // 2))),
         "delta_async": Policy(refill="on_arrival", buffer_size=1),
     }
     preset = presets[name]
     # Where bits must repeat, the same stores must be there from the first version on.
-    wanted = num_stores if preset.in_order else max(1, num_stores - num_stores // 5)
+    wanted = active if preset.in_order else max(1, active - active // 5)
     return replace(preset, **{"quorum": wanted, **given})

@@ -59,6 +59,7 @@ class Port(Protocol):
     def control(self, ticket: str, command: msg.Command) -> None: ...
     async def watch(self, heartbeat_s: float, pauses: Callable[[str], None]) -> tuple[bool, str]: ...
     def kill(self) -> None: ...
+    async def release(self) -> None: ...
 
 
 class Model(Protocol):
@@ -112,12 +113,17 @@ class Shell:
         clock: Callable[[], float],
         wall: Callable[[], float],
         notary: Notary | None = None,
+        asks_all: bool = True,
     ) -> None:
+        """`asks_all`: stores are had in the run from the start; else when the machine asks for them."""
         self.inbox: asyncio.Queue[ev.Event] = asyncio.Queue()
         self.ports: dict[str, Port] = {}
         self.model, self.book, self.board, self.put = model, book, board, put
         self.diary, self.memory = diary, memory
         self.clock, self.wall, self.notary = clock, wall, notary
+        self._asks_all = asks_all
+        self._asked: dict[str, asyncio.Event] = {}
+        self._visits: dict[str, asyncio.Task[None]] = {}
         self.plan = msg.encode(plan)
         self._run, self._seed, self._epoch, self._how = run, seed, epoch, how
         self._max_epochs, self._max_steps = max_epochs, max_steps
@@ -162,6 +168,12 @@ class Shell:
                 self.ports[action.store].control(action.ticket, "stop")
             case do.Restart():
                 self.ports[action.store].kill()
+            case do.Ask():
+                self._asked.setdefault(action.store, asyncio.Event()).set()
+            case do.Release():
+                self._asked[action.store].clear()
+                if (visit := self._visits.get(action.store)) is not None:
+                    visit.cancel()
             case do.Finish():
                 pass
         return None
@@ -169,8 +181,26 @@ class Shell:
     # -- stores ---------------------------------------------------------------------------------------------
 
     async def keep(self, store: str, port: Port, heartbeat_s: float, retry_s: float, *, trains: bool = True) -> None:
-        """Have a store in the run for as long as the run lasts: join, watch, and take it in again when it returns."""
-        self.ports[store], said, tries = port, "", 0
+        """Have a store in the run for as long as the run lasts, and as it is asked for."""
+        self.ports[store], asked = port, self._asked.setdefault(store, asyncio.Event())
+        if self._asks_all or not trains:
+            asked.set()
+        while True:
+            await asked.wait()
+            visit = self._visits[store] = asyncio.ensure_future(
+                self._visited(store, port, heartbeat_s, retry_s, trains)
+            )
+            try:
+                await asyncio.wait({visit})
+            finally:
+                visit.cancel()
+            if not visit.cancelled():
+                visit.result()
+            await port.release()
+
+    async def _visited(self, store: str, port: Port, heartbeat_s: float, retry_s: float, trains: bool) -> None:
+        """Join, watch, and take it in again when it returns; until cancelled."""
+        said, tries = "", 0
         while True:
             try:
                 card = await self._joined(store, port)

@@ -77,6 +77,12 @@ class Member:
     closed_until: float = -math.inf  # by its own policy; nobody's fault
     paused_at: float | None = None  # since when its training stands still, for its owner
     max_upload_bytes_s: float | None = None
+    asked: bool = True  # it has an actor, or one is being made; this and the next five: see rotation.py
+    asked_at: float = -math.inf  # or left
+    coming_until: float = -math.inf  # till then a version waits for it, as it was just asked for
+    released_at: float = -math.inf
+    turns: int = 0  # updates handed over since it was asked for
+    missed: bool = False  # it was asked for and did not come
 
     def available(self, at: float) -> bool:
         """May be given work now, if it holds no ticket in training."""
@@ -84,7 +90,8 @@ class Member:
 
     def counts(self, at: float) -> bool:
         """Is there, or is expected back, and not closed."""
-        return (self.present or self.returning > at) and not self.aside and self.closed_until <= at
+        coming = max(self.returning, self.coming_until) > at
+        return (self.present or coming) and not self.aside and self.closed_until <= at
 
 
 @dataclass(slots=True)

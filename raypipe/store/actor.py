@@ -388,6 +388,15 @@ class StoreClient:
             _end_process.options(resources=self._pin()).remote(self._process)
         ray.kill(actor)
 
+    async def release(self) -> None:
+        """End the process once it has heard its verdicts, or has had time to; one that is not there yet is not made."""
+        verdicts, self._verdicts = self._verdicts, []
+        if verdicts and self._actor is not None:
+            with suppress(TimeoutError, rex.RayError):
+                async with asyncio.timeout(ANSWER_S):
+                    await self._actor.settle.remote(verdicts)
+        self.kill()
+
     def _expect(self, kind: type[M], answer: bytes) -> M:
         try:
             return msg.expect(kind, answer)

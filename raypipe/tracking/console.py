@@ -87,7 +87,7 @@ class Screen:
         for row in (board or {"rows": []})["rows"]:
             table.add_row(
                 row["store"],
-                row["state"],
+                _state(row),
                 f"{row['images']:,}",
                 f"v{row['base']}",
                 str(row["steps"]),
@@ -98,6 +98,12 @@ class Screen:
                 figure(board["metric"], row["accuracy"]) if board else "",
             )
         return table
+
+
+def _state(row: Mapping[str, Any]) -> str:
+    """With its reason where it is not for the store to be at work."""
+    told = row["state"] in ("closed", "paused", "gone", "set aside") and row["reason"]
+    return f"{row['state']}: {row['reason'][:60]}" if told else str(row["state"])
 
 
 def show_summary(console: Console, summary: Mapping[str, Any], next_command: str) -> None:

@@ -16,6 +16,8 @@ Kind: TypeAlias = Literal[
     "store_left",
     "store_missing",
     "store_set_aside",
+    "store_asked",
+    "store_released",
     "store_closed",
     "store_paused",
     "store_went_on",
@@ -35,6 +37,8 @@ KINDS: tuple[Kind, ...] = (
     "store_left",
     "store_missing",
     "store_set_aside",
+    "store_asked",
+    "store_released",
     "store_closed",
     "store_paused",
     "store_went_on",
@@ -104,6 +108,19 @@ class StoreClosed(TypedDict):
     ticket: str  # that it did not take
     reason: str
     wait_s: float
+
+
+class StoreAsked(TypedDict):
+    """A store is to have an actor; where not all have one."""
+
+    store: str
+
+
+class StoreReleased(TypedDict):
+    """A store's actor was ended, so that its node is free."""
+
+    store: str
+    reason: str
 
 
 class StorePaused(TypedDict):
