@@ -79,7 +79,7 @@ def test_a_store_keeps_its_place_for_its_turn_and_where_nobody_waits() -> None:
 
 
 def test_a_version_waits_for_those_who_were_just_asked_for_and_not_for_ever() -> None:
-    m = limited("wait_for_all", 4, 2, join_s=30.0)
+    m = limited("k_of_n", 4, 2, join_s=30.0)
     join(m, asked(m.handle(ev.Tick(0.0))), 1.0)
     one, other = asked(version(m, 2.0))
     (ticket,) = of(do.Train, join(m, [one], 5.0))

@@ -275,8 +275,9 @@ def test_a_closed_store_is_asked_again_when_it_opens_and_has_no_strike() -> None
     m = machine(pace("wait_for_all", 2, {"max_failures": 1, "max_versions": 9}), 2)
     tickets = {a.store: a for a in of(do.Train, join_all(m))}
     actions = m.handle(ev.Deferred(tickets["s1"].ticket, "closed until 06:00, by its hours", 3600.0, 1.0))
-    (record,) = of(do.Record, actions)
-    assert (record.kind, record.body["reason"]) == ("store_closed", "closed until 06:00, by its hours")
+    closed, released = of(do.Record, actions)
+    assert (closed.kind, closed.body["reason"]) == ("store_closed", "closed until 06:00, by its hours")
+    assert (released.kind, released.body["reason"]) == ("store_released", "it is closed")
     assert m.members["s1"].failures == 0
     m.handle(ev.Trained(tickets["s0"].ticket, 1, 1, 1, 1.0, 1.0, 2.0))
     m.handle(ev.UpdateArrived(tickets["s0"].ticket, 4, 2.0))
@@ -296,7 +297,8 @@ def test_a_run_whose_stores_are_all_closed_waits_for_the_night() -> None:
         m.handle(ev.Deferred(ticket.ticket, "closed until 22:00, by its hours", 10 * 3600.0, 1.0))
     assert m.handle(ev.Tick(9 * 3600.0)) == []
     assert m.ending is None
-    assert [a.store for a in of(do.Train, m.handle(ev.Tick(10 * 3600.0 + 1)))] == ["s0", "s1"]
+    assert [a.store for a in of(do.Ask, m.handle(ev.Tick(10 * 3600.0 + 1)))] == ["s0", "s1"]
+    assert len(of(do.Train, join_all(m, 10 * 3600.0 + 5))) == 2
 
 
 def test_a_store_that_pauses_is_not_hung_however_long_and_after_a_while_not_waited_for() -> None:

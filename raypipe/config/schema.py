@@ -61,9 +61,23 @@ class Store(Section):
 
     id: str
     cpus: Positive = 1.0  # CPU share of the training actor; one torch thread a whole CPU
-    gpus: Annotated[float, Field(ge=0)] = 0.0  # GPU share; its memory is capped to the same share
+    gpus: Annotated[float, Field(ge=0)] = 0.0  # GPU share, its memory is capped to the same; above 1 whole ones
+    ranks: Count | None = None  # processes that train each ticket together; None: one, or one for each whole GPU
     slowdown: Annotated[float, Field(ge=1)] = 1.0  # sleeps so long after each batch that it is this much slower
     transport: Transport | None = None  # vault: the site is another user's process beside the actor; None: as `store`
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that train a ticket."""
+        return self.ranks or max(1, int(self.gpus))
+
+    @model_validator(mode="after")
+    def _a_gpu_a_rank(self) -> Store:
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"gpus {self.gpus:g}: above 1 they are whole")
+        if self.gpus > 0 and self.num_ranks != max(1, int(self.gpus)):
+            raise ValueError(f"ranks {self.ranks}: with {self.gpus:g} GPUs there is one for each; leave it out")
+        return self
 
     @field_validator("id")
     @classmethod
@@ -203,6 +217,8 @@ class RunConfig(Section):
         vaults = [s for s in self.stores if (s.transport or self.store.transport) == "vault"]
         if slowed := [store.id for store in vaults if store.slowdown > 1]:
             raise ValueError(f"slowdown of {', '.join(slowed)}: a vault is not slowed down from outside")
+        if many := [store.id for store in vaults if store.num_ranks > 1]:
+            raise ValueError(f"ranks of {', '.join(many)}: a vault trains in one process")
         for key in ("quorum", "cohort"):
             wanted = getattr(self.pacing, key)
             if wanted is not None and wanted > len(self.stores):

@@ -211,7 +211,7 @@ class Coordinator:
             return []
         actions: list[do.Action] = []
         busy = {t.store for t in self.tickets.values()}
-        busy |= {s for s in self.cohort if self.members[s].present}
+        busy |= {s for s in self.cohort if (m := self.members[s]).present and not rotation.turn_over(m, self.policy)}
         lacking = len(self._waiting()) - rotation.room(self.members.values(), self.policy)
         for member in [m for m in self.members.values() if m.asked and m.id not in busy]:
             if reason := rotation.why_release(member, self.policy, at, crowded=lacking > 0):
@@ -442,9 +442,12 @@ class Coordinator:
     def _expire(self, at: float) -> list[do.Action]:
         """Restart stores that are long past their due time."""
         actions: list[do.Action] = []
-        for ticket in [t for t in self.tickets.values() if t.phase in AWAITED and t.hung_at <= at]:
-            if ticket.phase is Phase.TRAINING and self.members[ticket.store].paused_at is not None:
-                continue
+        pauses = [t for t in self._training() if self.members[t.store].paused_at is not None]
+        for ticket in pauses:
+            if (self.members[ticket.store].paused_at or at) + self.policy.hung_s <= at:
+                ticket.due_at = min(ticket.due_at, at)  # nobody waits for it any more
+        awaited = [t for t in self.tickets.values() if t.phase in AWAITED and t.hung_at <= at]
+        for ticket in [t for t in awaited if t not in pauses]:
             if ticket.phase is Phase.WAITING:
                 del self.tickets[ticket.id]
                 body = {"store": ticket.store, "ticket": ticket.id, "reason": "its store did not come back"}
@@ -729,9 +732,7 @@ class Coordinator:
         return rotation.patience_s(self.members, self.policy)
 
     def _late(self, ticket: Ticket) -> bool:
-        paused_at = self.members[ticket.store].paused_at
-        left = paused_at is not None and paused_at + self.policy.hung_s <= self.now
-        return (ticket.due_at <= self.now or left) and ticket.phase is not Phase.WAITING
+        return ticket.due_at <= self.now and ticket.phase is not Phase.WAITING
 
     def _forget(self, contributions: tuple[do.Contribution, ...]) -> None:
         for contribution in contributions:

@@ -3,8 +3,8 @@
 A store is *asked for*: its actor is made, or waited for until a node offers its resource. Its turn is over when it has
 handed `turn` updates over and another waits; then it is given no more work, and *released* as soon as it holds no
 ticket: what it gave is in a version on the disk, and it was told so. Without an actor its node is idle. It rests for
-`cool_down_s`. Who was released first comes next, at the start and at equal times by the seed; who did not come within
-`join_s` comes last. A store that is closed for long by its own policy is released in every run.
+`cool_down_s`. Who was released first comes next; at the same time who had less work; then the seed draws. Who did not
+come within `join_s` comes last. A store that is closed for long by its own policy is released in every run.
 
 A store whose node died is still asked for: it has its place until it did not come for `join_s`.
 """
@@ -35,7 +35,7 @@ def in_turn(able: Iterable[Member], rng: random.Random) -> list[Member]:
     """The next one first."""
     drawn = sorted(able, key=lambda m: m.id)
     rng.shuffle(drawn)
-    return sorted(drawn, key=lambda m: (m.missed, m.released_at))
+    return sorted(drawn, key=lambda m: (m.missed, m.released_at, m.issued))
 
 
 def room(members: Iterable[Member], policy: Policy) -> float:

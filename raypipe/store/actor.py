@@ -56,6 +56,7 @@ class SiteActor:
         slowdown: float,
         orphan_s: float = ORPHAN_S,
         transport: Transport = "actor",
+        ranks: int = 1,
     ) -> None:
         self._store = store
         self._site: Any = None
@@ -66,7 +67,7 @@ class SiteActor:
             self._make: Callable[[], Any] = lambda: _make_proxy(store)
         else:
             self._log = site_log(stores_home() / store, store)
-            self._make = lambda: _make_site(store, cpus, gpus, slowdown)
+            self._make = lambda: _make_site(store, cpus, gpus, slowdown, ranks)
         self._heard = time.monotonic()
         self._pieces = Pieces()
         self._going: Going | None = None
@@ -181,11 +182,11 @@ StoreActor: Any = _with_options(concurrency_groups={"control": 2, "upload": 1}, 
 )
 
 
-def _make_site(store: str, cpus: float, gpus: float, slowdown: float) -> Any:
+def _make_site(store: str, cpus: float, gpus: float, slowdown: float, ranks: int) -> Any:
     from raypipe.store.site import Site
 
     node = ray.get_runtime_context().get_node_id()[:12]
-    return Site(stores_home() / store, cpus=cpus, gpus=gpus, slowdown=slowdown, node=node)
+    return Site(stores_home() / store, cpus=cpus, gpus=gpus, ranks=ranks, slowdown=slowdown, node=node)
 
 
 def _make_proxy(store: str) -> Any:
@@ -268,7 +269,7 @@ class StoreClient:
         options = store_options(store.id, store.cpus, store.gpus)
         named = {"name": self._name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
         wanted = (store.id, store.cpus, store.gpus, store.slowdown)
-        return StoreActor.options(**named, **options).remote(*wanted, transport=self._transport)
+        return StoreActor.options(**named, **options).remote(*wanted, transport=self._transport, ranks=store.num_ranks)
 
     def _pin(self) -> Any:
         return store_options(self.store.id, 0, 0)["resources"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ from raypipe.store.batches import Examples
 from raypipe.store.messages import Plan, Ticket
 from raypipe.store.optimizers import optimizers
 from raypipe.store.policy import Limits
+from raypipe.store.ranks import Ranks
 from raypipe.store.schedules import schedules
 from raypipe.store.shelf import Learner
 from raypipe.store.trainer import Clock, Control, Outcome, Work, train
@@ -36,7 +38,7 @@ class Admitted:
 
 
 def learn(
-    asked: Admitted, kept: dict[str, Any] | None, *, clock: Clock, slowdown: float = 1.0
+    asked: Admitted, kept: dict[str, Any] | None, *, clock: Clock, slowdown: float = 1.0, ranks: Ranks | None = None
 ) -> tuple[Outcome, Optimizer]:
     """Train the model, already loaded, in place; `kept` is the optimizer's state to go on from. Raises StoreError."""
     optimizer = optimizers.build(asked.plan.optimizer)(asked.learner.model.trained)
@@ -50,5 +52,7 @@ def learn(
         limits=asked.limits,
         slowdown=slowdown,
     )
-    learner = asked.learner
-    return train(learner.model, learner.task, asked.images, optimizer, work, asked.control, clock), optimizer
+    learner, control = asked.learner, asked.control
+    with nullcontext() if ranks is None else ranks.ticket(asked.ticket, asked.plan, asked.weights) as team:
+        outcome = train(learner.model, learner.task, asked.images, optimizer, work, control, clock, team)
+    return outcome, optimizer

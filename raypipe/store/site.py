@@ -35,6 +35,7 @@ from raypipe.store.measure import What, measured_gram, measured_moments
 from raypipe.store.messages import PROTOCOL, Card, Command, Evaluation, Part, Plan, Refusal, Report, Ticket, Verdict
 from raypipe.store.outbox import Outbox, Point, open_outbox
 from raypipe.store.policy import read_policy
+from raypipe.store.ranks import Ranks
 from raypipe.store.runs import tidy
 from raypipe.store.safety import refusal, site_log
 from raypipe.store.shelf import Learner, Shelf
@@ -50,7 +51,9 @@ EARLY = 64  # commands kept for tickets that have not begun
 
 
 class Site:
-    """One store. `cpus` sets torch's threads of this process, `gpus` caps its share of the GPU's memory.
+    """One store. `cpus` sets torch's threads, `gpus` caps its share of the GPU's memory.
+
+    `ranks`: so many processes train each ticket together, one of them this; they share the CPUs, each has its GPU.
 
     `wall` gives seconds since the epoch; `point` is told of each step to the disk.
     """
@@ -61,6 +64,7 @@ class Site:
         *,
         cpus: float = 1.0,
         gpus: float = 0.0,
+        ranks: int = 1,
         slowdown: float = 1.0,
         node: str = "",
         clock: Clock = time.monotonic,
@@ -71,8 +75,9 @@ class Site:
         self.policy = read_policy(home)
         self.store = self.policy.store
         self._cpus, self._gpus, self._slowdown, self._node, self._clock = cpus, gpus, slowdown, node, clock
-        self._threads = max(1, int(cpus))
+        self._threads = max(1, int(cpus / ranks))
         self._device = self._take_device()
+        self._ranks = Ranks(home, ranks, threads=self._threads, device=self._device) if ranks > 1 else None
         self._shelf = Shelf(self.policy, self._device, threads=self._threads, cache_bytes=cache_bytes)
         self._log = site_log(home, self.store)
         self._attestor = Attestor(home, self.policy, threads=self._threads, wall=wall)
@@ -91,6 +96,8 @@ class Site:
         for outbox in self._outboxes.values():
             outbox.close()
         self._outboxes.clear()
+        if self._ranks is not None:
+            self._ranks.close()
         self._attestor.close()
 
     def describe(self, run: str = "", epoch: int = 0) -> Card:
@@ -279,7 +286,7 @@ class Site:
         key = json.dumps([plan.run, plan.layout, plan.optimizer], sort_keys=True)
         after, kept = (outbox.kept(key) if plan.keep_optimizer else None) or ("", None)
         with outbox.room(4 * model.layout.update_size) as slot:
-            outcome, optimizer = learn(asked, kept, clock=self._clock, slowdown=self._slowdown)
+            outcome, optimizer = learn(asked, kept, clock=self._clock, slowdown=self._slowdown, ranks=self._ranks)
             if asked.control.abandoned:
                 raise StoreError("the ticket was abandoned: nobody waited for it any more")
             update, finite = model.update(asked.weights, out=slot.floats)
@@ -293,7 +300,7 @@ class Site:
     def _judged(self, asked: Admitted) -> Report:
         """The ticket trained and its result evaluated; nothing of it is kept."""
         asked.learner.model.load(asked.weights)
-        outcome, _ = learn(asked, None, clock=self._clock)
+        outcome, _ = learn(asked, None, clock=self._clock, ranks=self._ranks)
         assert asked.ticket.judge is not None
         judged = self._evaluate(asked.plan, asked.learner, asked.ticket.judge, asked.control)
         report = self._report(asked, outcome, 0, judged)

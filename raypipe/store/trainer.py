@@ -23,6 +23,7 @@ from raypipe.models.flat import FlatModel
 from raypipe.store.batches import Examples, batches_per_epoch, in_order, shuffled
 from raypipe.store.messages import Command
 from raypipe.store.policy import Limits
+from raypipe.store.ranks import Ranks
 from raypipe.store.schedules import Schedule
 from raypipe.tasks import Task
 from raypipe.tasks.task import Inputs
@@ -113,28 +114,46 @@ class Outcome:
 
 
 def train(
-    model: FlatModel, task: Task, images: Examples, optimizer: Optimizer, work: Work, control: Control, clock: Clock
+    model: FlatModel,
+    task: Task,
+    images: Examples,
+    optimizer: Optimizer,
+    work: Work,
+    control: Control,
+    clock: Clock,
+    ranks: Ranks | None = None,
 ) -> Outcome:
-    """Train the model, already loaded, in place; at least one step. Raises StoreRefused."""
-    limits, smallest = work.limits, _smallest_batch(model, images, work.limits.batch_size)
+    """Train the model, already loaded, in place; at least one step. `ranks`: others that are ready for this ticket.
+
+    Raises StoreError.
+    """
+    limits, smallest = work.limits, smallest_batch(model, images, work.limits.batch_size)
     num_steps = _num_steps(limits, images.num, smallest)
     picks = shuffled(images.num, limits.batch_size, smallest, np.random.default_rng(work.seed))
+    mine = picks if ranks is None else map(ranks.part, picks)
     losses, steps = Losses(model.device), 0
     chance = np.random.default_rng((work.seed, AUGMENTED))
     stopped: Stopped | None = None
     with (
-        _seeded(work.seed, model.device),
-        closing(images.batches(picks, model.device, limits.max_bad_share)) as stream,
+        seeded(work.seed, model.device),
+        closing(images.batches(mine, model.device, limits.max_bad_share)) as stream,
     ):
         model.train()
         control.give_way(clock)
         start = began = clock()
         for inputs, targets in stream:
-            num = _num(task, inputs, targets)
-            if num < smallest:  # its images cannot be read
+            num = num_of(task, inputs, targets)
+            if ranks is None and num < smallest:  # its images cannot be read
                 continue
             _set_lr(optimizer, work.lr * work.schedule(_progress(work, steps, num_steps, began - start)))
-            losses.add(_step(model, task, optimizer, *_augmented(task, inputs, targets, chance)), num)
+            batch = augmented(task, inputs, targets, chance)
+            if ranks is None:
+                loss = _step(model, task, optimizer, *batch)
+            else:
+                loss, num = _shared_step(model, task, optimizer, *batch, num, smallest, ranks)
+            if not num:
+                continue
+            losses.add(loss, num)
             steps += 1
             if work.slowdown > 1:
                 control.sleep((work.slowdown - 1) * (clock() - began))
@@ -229,21 +248,44 @@ class Losses:
         self._new.clear()
 
 
-def _num(task: Task, inputs: Inputs, targets: Tensor) -> int:
+def num_of(task: Task, inputs: Inputs, targets: Tensor) -> int:
     """Examples of a batch."""
     return len(targets) if task.boxes is None else len(inputs)
 
 
-def _augmented(task: Task, inputs: Inputs, targets: Tensor, chance: np.random.Generator) -> tuple[Inputs, Tensor]:
+def augmented(task: Task, inputs: Inputs, targets: Tensor, chance: np.random.Generator) -> tuple[Inputs, Tensor]:
+    """A training batch as the task changes it; where it does not, the batch itself."""
     augment = None if task.boxes is None else task.boxes.augment
-    return (inputs, targets) if augment is None else augment(inputs, targets, chance)
+    return (inputs, targets) if augment is None or not len(inputs) else augment(inputs, targets, chance)
 
 
 def _step(model: FlatModel, task: Task, optimizer: Optimizer, inputs: Inputs, targets: Tensor) -> Tensor:
+    loss = backward(model, task, inputs, targets)
+    optimizer.step()
+    return loss
+
+
+def _shared_step(
+    model: FlatModel,
+    task: Task,
+    optimizer: Optimizer,
+    inputs: Inputs,
+    targets: Tensor,
+    num: int,
+    smallest: int,
+    ranks: Ranks,
+) -> tuple[Tensor, int]:
+    """The mean loss over all ranks' examples, and their number."""
+    ranks.begin()
+    loss = backward(model, task, inputs, targets) if num >= smallest else None
+    return ranks.step(model, optimizer, num, loss)
+
+
+def backward(model: FlatModel, task: Task, inputs: Inputs, targets: Tensor) -> Tensor:
+    """The mean loss of a batch; gradients stay at the parameters."""
     model.clear()
     loss = _loss(model, task, _prepared(task, inputs), targets)
     loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
     return loss.detach()
 
 
@@ -273,7 +315,7 @@ def _autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Dropout by the ticket's seed; the process's own random state untouched."""
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)
@@ -285,7 +327,7 @@ def _set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def _smallest_batch(model: FlatModel, images: Examples, batch_size: int) -> int:
+def smallest_batch(model: FlatModel, images: Examples, batch_size: int) -> int:
     """BatchNorm cannot learn from one image: such a batch is left out, a store of one image refuses."""
     if not model.has_batch_norm:
         return 1
