@@ -77,7 +77,7 @@ def publish(world: World, action: do.Publish) -> None:
 
 def _sorted(world: World, names: list[str]) -> bool:
     mine = [world.asked[n].store for n in names if world.asked[n].version == world.newest - 1]
-    healthy = [s for s in mine if world.shops[s].healthy]
+    healthy = [s for s in mine if world.shops[s].healthy and s not in world.paused]  # who pauses long is late
     return healthy == sorted(healthy)
 
 

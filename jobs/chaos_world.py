@@ -61,6 +61,7 @@ class World:
         self.forgotten: set[str] = set()  # tickets told of a version that was damaged when it was safe already
         self.arrived: set[str] = set()  # updates in the coordinator's memory
         self.weights: dict[str, do.Portion] = {}
+        self.paused: set[str] = set()  # stores that ever did
         self.open_sum: list[str] = []
         self.owed: list[do.Record] = []  # decided, perhaps not written yet
         self.newest = 0  # version that was last named, made or in the making
@@ -212,8 +213,10 @@ class World:
             if (linked := self.network.link(event)) is None:
                 return
             event = linked
-        elif isinstance(event, ev.StorePaused | ev.StoreWentOn) and not self.shops[event.store].linked:
-            return
+        elif isinstance(event, ev.StorePaused | ev.StoreWentOn):
+            if not self.shops[event.store].linked:
+                return
+            self.paused.add(event.store)
         elif isinstance(event, ev.UpdateArrived):
             self.arrived.add(event.ticket)
         actions = m.handle(event)

@@ -136,7 +136,9 @@ class Replay:
         found = [f"the coordinator had {then}; here is {machine()}"] if then not in ("", machine()) else []
         cards = [r.body for r in self._records if r.kind == "store_joined" and r.body["store"] in self._stores]
         gpus = {card["store"] for card in cards if card["gpu"]}
-        return found + [f"store {store} trained on a GPU, whose sums are not repeated here" for store in sorted(gpus)]
+        found += [f"store {store} trained on a GPU, whose sums are not repeated here" for store in sorted(gpus)]
+        many = [store for store in self._said.stores if store.num_ranks > 1 and store.id in self._stores]
+        return found + [f"store {s.id} trained in {s.num_ranks} processes, here it is one" for s in many]
 
     def versions(self) -> Iterator[Made]:
         """Each version that was ever a fact, also those that were withdrawn later, in the order of the record."""

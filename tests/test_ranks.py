@@ -120,7 +120,7 @@ def test_a_store_has_a_rank_for_each_whole_gpu(store: dict[str, Any], ranks: int
 @pytest.mark.parametrize(
     ("store", "line"),
     [
-        ("{id: mall, gpus: 1.5}", "stores.0: gpus 1.5: above 1 they are whole; found"),
+        ("{id: mall, gpus: 1.5}", "stores.0: gpus 1.5: above 1 they are whole"),
         ("{id: mall, gpus: 2, ranks: 3}", "stores.0: ranks 3: with 2 GPUs there is one for each; leave it out"),
         ("{id: mall, ranks: 0}", "stores.0.ranks: must be at least 1, found 0"),
         ("{id: mall, ranks: 2, transport: vault}", "ranks of mall: a vault trains in one process"),

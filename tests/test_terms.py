@@ -14,7 +14,10 @@ from zoneinfo import ZoneInfo
 
 import msgpack
 import numpy as np
+import psutil
 import pytest
+from conftest import Place
+from test_cluster import Federation, connected, state
 from test_machine import join_all, machine, of
 from test_site import Case, write
 
@@ -340,3 +343,62 @@ def test_the_table_shows_why_a_store_is_closed_or_pauses() -> None:
     board.add("store_closed", {"store": "a", "reason": "closed until 22:00, by its hours", "wait_s": 1.0})
     assert (board.rows["a"].state, board.rows["a"].reason) == ("closed", "closed until 22:00, by its hours")
     assert board.lines[-1] == "a is closed: closed until 22:00, by its hours"
+
+
+def cpu_s(pid: int) -> float:
+    return sum(psutil.Process(pid).cpu_times()[:2])
+
+
+@pytest.mark.cluster
+def test_a_real_store_pauses_within_two_seconds_and_another_hands_over_at_its_rate(cluster: Place) -> None:
+    """shop-1 by its yield file, seen in the table and the record, without being restarted; shop-2, which trains in two
+    processes, in pieces."""
+    terms = {"shop-1": "yield_file: checkout", "shop-2": "max_upload_bytes_s: 150000"}
+    before = {store: (cluster.stores / store / "policy.yaml").read_text() for store in terms}
+    for store, line in terms.items():
+        (cluster.stores / store / "policy.yaml").write_text(f"{before[store]}\n{line}\n")
+    checkout = cluster.stores / "shop-1" / "checkout"
+    pacing = {"budget_s": 1.0, "heartbeat_s": 1, "hung_s": 2}
+    limits = {"local_steps": None}
+    names = [{"id": store, "cpus": 0.2, "ranks": 1 + (store == "shop-2")} for store in terms]
+    config = cluster.config(
+        pace="paced", pacing=pacing, train=limits, stop={"max_versions": 5000}, track={"mlflow": False}, stores=names
+    )
+    try:
+        with connected(cluster):
+            federation = Federation(cluster, config)
+            both = {"shop-1", "shop-2"}
+
+            def by_both(board: dict[str, Any]) -> bool:
+                made = federation.records("version_published") if board["version"] else []
+                return {c["store"] for v in made for c in v["contributions"]} == both
+
+            federation.until(by_both, 120)
+            pid = federation.processes()["shop-1"]
+            (rank,) = psutil.Process(federation.processes()["shop-2"]).children()
+            checkout.touch()
+            time.sleep(2)
+            at_rest = cpu_s(pid)
+            board = federation.until(lambda b: b if state(b, "shop-1") == "paused" else None, 30)
+            (row,) = [row for row in board["rows"] if row["store"] == "shop-1"]
+            assert row["reason"] == "its owner needs the machine (yield file)"
+            version = board["version"]
+            time.sleep(5)
+            assert federation.until(lambda b: b["version"] > version, 30), "the others go on"
+            assert cpu_s(pid) - at_rest < 1.5, "it went on computing"
+            checkout.unlink()
+            gone_on = federation.until(lambda b: federation.records("store_went_on"), 30)
+            since = federation.board()["version"]
+            federation.until(lambda b: any(c["store"] == "shop-1" for v in federation.records("version_published")
+                                           if v["version"] > since for c in v["contributions"]), 60)  # fmt: skip
+            assert federation.processes()["shop-1"] == pid
+            federation.actor.stop.remote("seen enough")
+            federation.result()
+        rank.wait(20)  # it ends with its store's actor
+        assert gone_on[0]["seconds"] > 4
+        assert [r["store"] for r in federation.records("store_left")] == []
+        assert [r["reason"] for r in federation.records("ticket_failed")] == []
+    finally:
+        for store, text in before.items():
+            (cluster.stores / store / "policy.yaml").write_text(text)
+        checkout.unlink(missing_ok=True)

@@ -442,12 +442,12 @@ class Coordinator:
     def _expire(self, at: float) -> list[do.Action]:
         """Restart stores that are long past their due time."""
         actions: list[do.Action] = []
-        pauses = [t for t in self._training() if self.members[t.store].paused_at is not None]
-        for ticket in pauses:
-            if (self.members[ticket.store].paused_at or at) + self.policy.hung_s <= at:
+        for ticket in [t for t in self.tickets.values() if t.phase in AWAITED]:
+            paused_at = self.members[ticket.store].paused_at if ticket.phase is Phase.TRAINING else None
+            if paused_at is not None and paused_at + self.policy.hung_s <= at:
                 ticket.due_at = min(ticket.due_at, at)  # nobody waits for it any more
-        awaited = [t for t in self.tickets.values() if t.phase in AWAITED and t.hung_at <= at]
-        for ticket in [t for t in awaited if t not in pauses]:
+            if paused_at is not None or ticket.hung_at > at:
+                continue
             if ticket.phase is Phase.WAITING:
                 del self.tickets[ticket.id]
                 body = {"store": ticket.store, "ticket": ticket.id, "reason": "its store did not come back"}

@@ -1,4 +1,4 @@
-"""One of the other ranks of a store, as a process: `python -m raypipe.store.rank HOME FILE RANK NUM THREADS DEVICE`.
+"""One of the other ranks of a store, as a process: `-m raypipe.store.rank HOME FILE DEVICE RANK NUM THREADS CACHE`.
 
 What goes wrong goes to the store's own log; nothing else leaves. See ranks.py.
 """
@@ -20,11 +20,10 @@ import torch.distributed as dist
 
 from raypipe.store.batches import shuffled
 from raypipe.store.messages import Plan, Ticket, expect
-from raypipe.store.policy import read_policy
+from raypipe.store.policy import Policy, read_policy
 from raypipe.store.ranks import gradients, hear, meet, part, say
 from raypipe.store.safety import site_log
 from raypipe.store.shelf import Shelf
-from raypipe.store.site import CACHE_BYTES
 from raypipe.store.trainer import AUGMENTED, augmented, backward, num_of, seeded, smallest_batch
 
 
@@ -42,7 +41,7 @@ def commands(pipe: IO[bytes]) -> Iterator[dict[str, Any]]:
         yield heard.get()
 
 
-def follow(shelf: Shelf, told: Iterator[dict[str, Any]], out: IO[bytes], rank: int, num: int) -> None:
+def follow(shelf: Shelf, policy: Policy, told: Iterator[dict[str, Any]], out: IO[bytes], rank: int, num: int) -> None:
     """One ticket after another. Raises what goes wrong: then the others lose this rank."""
     for begin in told:
         ticket, plan = expect(Ticket, begin["ticket"]), expect(Plan, begin["plan"])
@@ -50,7 +49,7 @@ def follow(shelf: Shelf, told: Iterator[dict[str, Any]], out: IO[bytes], rank: i
         learner = shelf.learner(plan, base)
         model, task = learner.model, learner.task
         images = shelf.images(plan, task, "train")
-        limits = shelf.policy.admit(ticket, plan)
+        limits = policy.admit(ticket, plan)
         smallest = smallest_batch(model, images, limits.batch_size)
         say(out, {"ready": True})
         weights = torch.from_numpy(base)
@@ -70,7 +69,7 @@ def follow(shelf: Shelf, told: Iterator[dict[str, Any]], out: IO[bytes], rank: i
                 dist.broadcast(model.vector, 0)
 
 
-def main(home: Path, file: Path, rank: int, num: int, threads: int, kind: str) -> None:
+def main(home: Path, file: Path, kind: str, rank: int, num: int, threads: int, cache_bytes: int) -> None:
     """Until standard input is closed."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no answer
@@ -81,15 +80,17 @@ def main(home: Path, file: Path, rank: int, num: int, threads: int, kind: str) -
         device = torch.device("cpu") if kind == "cpu" else torch.device(kind, rank)
         if kind != "cpu":
             torch.cuda.set_device(device)
-        shelf = Shelf(policy, device, threads=threads, cache_bytes=CACHE_BYTES)
+        shelf = Shelf(policy, device, threads=threads, cache_bytes=cache_bytes)
         told = commands(sys.stdin.buffer)
         say(out, {"ready": True})
         meet(file, rank, num, device)
-        follow(shelf, told, out, rank, num)
+        say(out, {"met": True})
+        follow(shelf, policy, told, out, rank, num)
     except Exception as error:
         log.error("rank %d of %d", rank, num, exc_info=error)
         os._exit(1)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), sys.argv[6])
+    place, found_at, device_type, *numbers = sys.argv[1:]
+    main(Path(place), Path(found_at), device_type, *map(int, numbers))

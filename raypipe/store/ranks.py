@@ -5,7 +5,7 @@ Their gradients, each times its number of images, are summed at rank 0 (NCCL on 
 the images of all, takes the optimizer's step and sends the weights back: what all_reduce moves, and one optimizer,
 whose state stays where the outbox is. So an update is that of one process to rounding, but for what a model draws or
 measures in a batch: dropout is each rank's own, BatchNorm normalises by the rank's part, its running statistics are
-rank 0's.
+rank 0's. A report's `skipped` counts the unreadable images that rank 0 met.
 
 The other ranks are started with the first ticket and stay, with data and model in their memory. They hear commands on
 their standard input, so that a pause costs nothing, and end when it is closed: with the site, however it ends. When
@@ -61,7 +61,7 @@ def meet(file: Path, rank: int, num: int, device: torch.device) -> None:
     """Be one of them: in this process's default group."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on one machine
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    store = dist.FileStore(str(file), num)
+    store = dist.FileStore(str(file), num)  # type: ignore[attr-defined]
     store.set_timeout(timedelta(seconds=START_S))
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=num, timeout=timedelta(seconds=STEP_S))
@@ -90,10 +90,14 @@ def part(pick: Indices, rank: int, num: int) -> Indices:
 
 
 class Ranks:
-    """Rank 0's side. `device`: its own, the others have the ones after it. Not for two threads at once."""
+    """Rank 0's side. `device`: its own, the others have the ones after it. Not for two threads at once.
 
-    def __init__(self, home: Path, num: int, *, threads: int, device: torch.device) -> None:
-        self.num, self._home, self._threads, self._device = num, home, threads, device
+    `cache_bytes` as rank 0 has it: what is kept decoded decides from which images batches draw.
+    """
+
+    def __init__(self, home: Path, num: int, *, threads: int, device: torch.device, cache_bytes: int) -> None:
+        self.num, self._home, self._device = num, home, device
+        self._numbers = [str(threads), str(cache_bytes)]
         self._others: list[subprocess.Popen[bytes]] = []
         self._amid = False  # a step began and has not ended: the ranks are not in step
 
@@ -178,11 +182,13 @@ class Ranks:
             env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
             for rank in range(1, self.num):
-                said = [str(rank), str(self.num), str(self._threads), self._device.type]
+                said = [self._device.type, str(rank), str(self.num), *self._numbers]
                 self._others.append(subprocess.Popen([*command, *said], env=env, **pipes))
             for rank in range(1, self.num):
                 self._answer(rank)
             meet(folder / "meet", 0, self.num, self._device)
+            for rank in range(1, self.num):  # they have met too: the file is read no more
+                self._answer(rank)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -77,7 +77,8 @@ class Site:
         self._cpus, self._gpus, self._slowdown, self._node, self._clock = cpus, gpus, slowdown, node, clock
         self._threads = max(1, int(cpus / ranks))
         self._device = self._take_device()
-        self._ranks = Ranks(home, ranks, threads=self._threads, device=self._device) if ranks > 1 else None
+        shared = {"threads": self._threads, "cache_bytes": cache_bytes}
+        self._ranks = Ranks(home, ranks, device=self._device, **shared) if ranks > 1 else None
         self._shelf = Shelf(self.policy, self._device, threads=self._threads, cache_bytes=cache_bytes)
         self._log = site_log(home, self.store)
         self._attestor = Attestor(home, self.policy, threads=self._threads, wall=wall)
