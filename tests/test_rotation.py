@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import STORES, Place
 from test_cluster import Federation, connected, state
@@ -14,6 +16,7 @@ from test_machine import deliver, machine, of
 
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
+from raypipe.coordinator.asking import Question, ask
 from raypipe.coordinator.diary import Diary
 from raypipe.coordinator.explain import Sizes, explain
 from raypipe.coordinator.machine import Coordinator
@@ -213,6 +216,32 @@ def test_check_says_how_many_stores_have_an_actor() -> None:
     lines = explain([("a", 1.0, 0.0)], policy, Sizes(1, 1, 1, 1, 1.0, "x"))
     assert "at most 2 stores have an actor at a time; another's turn comes after 3 updates" in lines
     assert (policy.quorum, policy.buffer_size) == (2, 2)
+
+
+class Counted:
+    """A port that answers, and knows how many of its kind have a process."""
+
+    there = most = 0
+
+    async def join(self) -> None:
+        Counted.there += 1
+        Counted.most = max(Counted.most, Counted.there)
+        await asyncio.sleep(0)
+
+    async def measure(self, plan: bytes, weights: Any, what: str) -> np.ndarray:
+        await asyncio.sleep(0)
+        return np.ones(2)
+
+    async def release(self) -> None:
+        Counted.there -= 1
+
+
+def test_before_the_start_too_no_more_stores_than_may_have_a_process() -> None:
+    question = Question(b"", None, "moments", "code", quorum=2)
+    ports: dict[str, Any] = {f"s{i}": Counted() for i in range(7)}
+    answers = asyncio.run(ask(ports, question, None, join_s=5.0, at_once=2))
+    assert sorted(answers.sums) == sorted(ports)
+    assert (Counted.most, Counted.there) == (2, 0)
 
 
 @pytest.mark.cluster
