@@ -59,8 +59,9 @@ def hear(pipe: IO[bytes]) -> dict[str, Any] | None:
 
 def meet(file: Path, rank: int, num: int, device: torch.device) -> None:
     """Be one of them: in this process's default group."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on one machine
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if sys.platform == "linux":  # all are on one machine
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     store = dist.FileStore(str(file), num)  # type: ignore[attr-defined]
     store.set_timeout(timedelta(seconds=START_S))
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
