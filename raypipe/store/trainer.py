@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from threading import Event
+from threading import Event, Lock
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -36,6 +36,7 @@ CHECK_EVERY = 32  # steps between looks at whether the losses are finite: each l
 EVALUATION_BATCH = 256  # images at most, and
 EVALUATION_ROWS = 8192  # the same of a table
 EVALUATION_PIXELS = 1 << 20  # at most so many, since activations of large images fill a memory
+_GENERATOR = Lock()
 
 
 class Control:
@@ -185,7 +186,7 @@ def evaluate(
         for inputs, targets in stream:
             if control.stops(clock):
                 return None
-            if not (num := _num(task, inputs, targets)):
+            if not (num := num_of(task, inputs, targets)):
                 continue
             for name, value in _sums(model, task, inputs, targets).items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -316,10 +317,19 @@ def _autocast(device: torch.device) -> AbstractContextManager[object]:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Dropout by the ticket's seed; the process's own random state untouched."""
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+    """Dropout by the ticket's seed; the process's own random state untouched.
+
+    Sites in threads of one process take turns at its generator: torch holds its lock while it waits for Python's.
+    """
+    kept = torch.random.fork_rng(devices=[] if device.type == "cpu" else [device])
+    with _GENERATOR:
+        kept.__enter__()
         torch.manual_seed(seed)
+    try:
         yield
+    finally:
+        with _GENERATOR:
+            kept.__exit__(None, None, None)
 
 
 def _set_lr(optimizer: Optimizer, lr: float) -> None:
