@@ -276,6 +276,16 @@ def test_a_run_that_ended_with_a_version_goes_on_when_that_version_is_lost() -> 
     assert of(do.Train, m.handle(ev.Withdrawn(1, "damaged", 3.0))) == [], "somebody wanted the end"
 
 
+def test_the_tick_at_the_end_of_the_time_is_the_end_whatever_floats_add_up_to() -> None:
+    begin, length, budget = 5.188426604667915, 13.670741705242438, 0.9344666439487255
+    assert begin + length + 0.5 * budget - begin - length < 0.5 * budget
+    m = machine(pace("paced", 1, {"budget_s": budget, "deadline_s": 100.0, "max_seconds": length}), 1)
+    m.handle(ev.StoreJoined("s0", 100, begin))
+    for _ in range(2):
+        m.handle(ev.Tick(m.wake_at()))
+    assert m.ending == ("14 s", begin + length + 0.5 * budget)
+
+
 def test_what_is_decided_on_the_way_back_is_of_the_new_epoch_and_numbered_after_the_record(tmp_path: Path) -> None:
     """The record may know more than the diary: a loss of power takes the diary's last lines, never the record's."""
     policy = pace("fedbuff", 1, {"buffer_size": 1, "max_versions": 9})

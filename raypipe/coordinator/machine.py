@@ -693,8 +693,9 @@ class Coordinator:
             return f"no quorum after {self.patience_s:.0f} s" if late else ""
         if policy.max_versions is not None and self.version >= policy.max_versions:
             return f"{self.version} versions"
-        over = at - self.started_at - policy.max_seconds if policy.max_seconds is not None else -1.0
-        if over >= 0 and (not self._expected() or over >= 0.5 * (policy.budget_s or 0.0)):
+        limit = math.inf if policy.max_seconds is None else self.started_at + policy.max_seconds
+        # Sums as in `wake_at`: a difference may be a bit short at the Tick, and there is no other one.
+        if at >= limit and (not self._expected() or at >= limit + 0.5 * (policy.budget_s or 0.0)):
             return f"{policy.max_seconds:.0f} s"
         if policy.target is not None and self.scores.reached(policy.target):
             return f"{self.scores.metric} reached {policy.target}"
