@@ -82,8 +82,9 @@ def _sorted(world: World, names: list[str]) -> bool:
 
 
 def settled(world: World, action: do.Settle, said: int | None) -> None:
-    """A store is told the truth, and the same each time."""
+    """A store is told the truth, and the same each time; then the ticket is over."""
     ticket = action.ticket
+    assert ticket not in world.machine.tickets, f"{ticket}: settled, and the coordinator goes on with it"
     if said is not None:
         assert said == world.made.get(ticket), f"{ticket}: told of version {said}, which lacks it"
         assert said in world.disk.kept, f"{ticket}: settled before its version was kept"

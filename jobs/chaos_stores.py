@@ -193,6 +193,7 @@ class Network:
 
     def collect(self, action: do.Collect) -> None:
         world, shop, at = self.world, self.world.shops[action.store], self.world.at
+        assert action.ticket in world.machine.tickets, f"{action.ticket} is collected in the step that settles it"
         assert not shop.healthy or action.ticket in shop.outbox, f"{action.ticket} is collected and not there"
         if action.ticket not in shop.outbox:
             self._event(at + 0.1, ev.TrainingFailed(action.ticket, "no update waits for this ticket", at))

@@ -276,6 +276,51 @@ def test_a_run_that_ended_with_a_version_goes_on_when_that_version_is_lost() -> 
     assert of(do.Train, m.handle(ev.Withdrawn(1, "damaged", 3.0))) == [], "somebody wanted the end"
 
 
+def test_what_was_settled_at_the_end_is_over_although_answers_come_and_a_store_is_awaited() -> None:
+    m = machine(pace("wait_for_all", 3, {"max_versions": 9, "max_failures": 1}))
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    m.handle(ev.Resumed(2, 9.0, 1.0))
+    for store in ("s0", "s1"):
+        m.handle(ev.StoreJoined(store, 100, 2.0))
+        m.handle(trained(tickets[store], 3.0))
+    settled = of(do.Settle, m.handle(ev.StopAsked("by hand", 4.0)))
+    assert {(s.ticket, s.version) for s in settled} == {(ticket, None) for ticket in tickets.values()}
+    assert m.tickets == {}
+    late: list[ev.Event] = [ev.TrainingFailed(tickets["s0"], "it came too late", 5.0), trained(tickets["s2"], 5.0)]
+    assert [m.handle(event) for event in late] == [[], []], "nobody is blamed for what he was told to stop"
+    actions = m.handle(ev.StoreJoined("s2", 100, 6.0, (tickets["s2"],)))
+    assert actions == [
+        do.Settle("s2", tickets["s2"], None, "it was settled"),
+        *(do.Evaluate(0, store) for store in ("s0", "s1", "s2")),
+    ]
+
+
+def test_a_ticket_that_was_settled_at_the_end_stays_so_when_the_last_version_is_lost() -> None:
+    m = machine(pace("delta_async", 3, {"max_versions": 1}))
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    m.handle(ev.Resumed(2, 9.0, 0.0))
+    for store in ("s0", "s1"):  # the end waits for s2
+        m.handle(ev.StoreJoined(store, 100, 1.0))
+    deliver(m, tickets["s0"], 1.0)
+    assert do.Settle("s1", tickets["s1"], None, "the run ended") in m.handle(ev.Published(1, 1.0))
+    m.handle(ev.Withdrawn(1, "damaged", 2.0))
+    m.handle(ev.Resumed(3, 9.0, 2.0))
+    actions = m.handle(ev.StoreJoined("s1", 100, 3.0, (tickets["s1"],)))
+    assert of(do.Settle, actions) == [do.Settle("s1", tickets["s1"], None, "it was settled")]
+    assert [(a.version, a.repeat) for a in of(do.Train, actions)] == [(0, 0)], "its work is done again"
+    assert tickets["s1"] not in {a.ticket for a in of(do.Train, actions)}
+
+
+def test_a_store_that_hangs_at_the_end_is_not_asked_for_its_last_word() -> None:
+    m = machine(pace("fedbuff", 2, {"buffer_size": 1, "deadline_s": 5.0, "max_versions": 9}), 2)
+    join_all(m)
+    assert of(do.Evaluate, m.handle(ev.StopAsked("by hand", 1.0))) == [do.Evaluate(0, "s0"), do.Evaluate(0, "s1")]
+    m = machine(pace("fedbuff", 2, {"buffer_size": 1, "deadline_s": 5.0, "max_versions": 9}), 2)
+    (ticket, _) = of(do.Train, join_all(m))
+    m.handle(ev.TrainingFailed(ticket.ticket, "crashed", 4.0))
+    assert of(do.Evaluate, m.handle(ev.StopAsked("by hand", 6.0))) == [do.Evaluate(0, "s0")]
+
+
 def test_the_tick_at_the_end_of_the_time_is_the_end_whatever_floats_add_up_to() -> None:
     begin, length, budget = 5.188426604667915, 13.670741705242438, 0.9344666439487255
     assert begin + length + 0.5 * budget - begin - length < 0.5 * budget

@@ -188,6 +188,7 @@ class Coordinator:
         member.present, member.restarting, member.warm, member.missed = True, False, False, False
         member.returning = member.coming_until = -math.inf
         member.num_train, member.max_upload_bytes_s = event.num_train, event.max_upload_bytes_s
+        member.stuck = False
         mine = [t for t in self.tickets.values() if t.store == event.store]
         forgotten = [ticket for ticket in event.outbox if ticket not in self.tickets]
         actions: list[do.Action] = [do.Settle(event.store, ticket, None, "it was settled") for ticket in forgotten]
@@ -676,8 +677,7 @@ class Coordinator:
 
     def _judge_last(self) -> list[do.Action]:
         """Ask all who can answer for their word on the newest version."""
-        stuck = {t.store for t in self._training() if self._late(t)}
-        there = [s for s, m in self.members.items() if m.present and not m.aside and s not in stuck]
+        there = [s for s, m in self.members.items() if m.present and not m.aside and not m.stuck]
         if self.scores.central is not None:
             there = [self.scores.central]
         done = self.scores.judged.get(self.version, {})
@@ -720,6 +720,10 @@ class Coordinator:
         self.ending = (reason, at)
         cancels: list[do.Action] = [do.Cancel(t.store, t.id) for t in self._training()]
         open_ones = [t for t in self.tickets.values() if t.phase is not Phase.PUBLISHED]
+        for ticket in open_ones:  # it is over for good, though its answer is on its way, or the run goes on after all
+            if ticket.phase is Phase.TRAINING and self._late(ticket):
+                self.members[ticket.store].stuck = True
+            del self.tickets[ticket.id]
         return cancels + [do.Settle(t.store, t.id, None, "the run ended") for t in open_ones]
 
     # -- derived --------------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ class Member:
     retry_at: float = -math.inf
     warm: bool = False  # it has handed over since it joined
     restarting: bool = False  # we ended its process ourselves
+    stuck: bool = False  # its ticket was past its due time when the end began
     returning: float = -math.inf  # until then it is expected back: it was there when the coordinator died
     issued: int = 0
     handed_over: tuple[int, int] = (-1, 0)  # base version, updates that came of it
