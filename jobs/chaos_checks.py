@@ -19,6 +19,7 @@ def train(world: World, action: do.Train) -> None:
     m = world.machine
     assert m.members[action.store].present, f"{action.store} is asked and is not there"
     assert not m.members[action.store].aside, f"{action.store} is asked and is set aside"
+    assert action.ticket in m.tickets, f"{action.ticket}: asked for in the step that settles it"
     again = world.asked.setdefault(action.ticket, action)
     assert again == action, f"two tickets are named {action.ticket}"
     assert action.ticket not in world.made, f"{action.ticket}: asked for what is in a version already"

@@ -321,6 +321,14 @@ def test_a_store_that_hangs_at_the_end_is_not_asked_for_its_last_word() -> None:
     assert of(do.Evaluate, m.handle(ev.StopAsked("by hand", 6.0))) == [do.Evaluate(0, "s0")]
 
 
+def test_a_store_that_comes_back_as_the_run_ends_is_not_asked_to_train_first() -> None:
+    m = machine(pace("delta_async", 1, {"max_seconds": 10.0}), 1)
+    (ticket,) = of(do.Train, join_all(m))
+    m.handle(ev.Resumed(2, 9.0, 5.0))
+    actions = m.handle(ev.StoreJoined("s0", 100, 12.0))
+    assert actions == [do.Settle("s0", ticket.ticket, None, "the run ended"), do.Evaluate(0, "s0")]
+
+
 def test_the_tick_at_the_end_of_the_time_is_the_end_whatever_floats_add_up_to() -> None:
     begin, length, budget = 5.188426604667915, 13.670741705242438, 0.9344666439487255
     assert begin + length + 0.5 * budget - begin - length < 0.5 * budget

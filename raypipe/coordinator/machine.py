@@ -192,8 +192,9 @@ class Coordinator:
         mine = [t for t in self.tickets.values() if t.store == event.store]
         forgotten = [ticket for ticket in event.outbox if ticket not in self.tickets]
         actions: list[do.Action] = [do.Settle(event.store, ticket, None, "it was settled") for ticket in forgotten]
+        over = self.ending is not None or self._reason_to_end(at)  # it may end in this very step
         for ticket in [t for t in mine if t.phase is Phase.WAITING]:
-            if self.ending is None and not member.aside:
+            if not over and not member.aside:
                 self._await(ticket, at)  # of a finished one the store has the update still: it gives the same report
                 actions.append(ticket.asked)
             else:
