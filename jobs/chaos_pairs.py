@@ -29,7 +29,7 @@ _WHY = {
     "answer or the coordinator's death changes that; the thread that folds dies with the coordinator",
     ("Folded", "folded published"): "a fold is answered once, by a thread of the same process",
     (
-        "UpdateRefused",
+        "Deferred UpdateRefused",
         "arrived folding folded published",
     ): "a fetch is answered once: what arrived is not refused, and of what is refused there is no ticket any more",
     ("Published", "none"): "the tickets of the version that is made are there until it is kept",
