@@ -108,7 +108,7 @@ def ingest(
         with one_at_a_time(out.parent):
             return _Ingest(root, source, out, classes, shares).run(see)
     except OSError as error:
-        raise RunError(f"the data set cannot be written: {reason(error)}") from None
+        raise RunError(f"the data set {out} cannot be written: {reason(error)}") from None
 
 
 class _Ingest:
