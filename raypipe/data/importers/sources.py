@@ -172,7 +172,8 @@ def coco(root: Path, annotations: Path | None) -> Source:
     if path is None:
         choices = sorted([*root.glob("*.json"), *root.glob("annotations/*.json")])
         if len(choices) != 1:
-            raise ConfigError(f"{root}: {len(choices)} JSON files there and in annotations/; name one with --annotations")
+            found = f"{len(choices)} JSON files there and in annotations/"
+            raise ConfigError(f"{root}: {found}; name one with --annotations")
         path = choices[0]
     return _Coco(root, path)
 
