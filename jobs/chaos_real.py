@@ -98,7 +98,9 @@ class Chaos:
             if left and ready and now - struck > pause:
                 what = left.pop(0)
                 print(f"  {time.strftime('%H:%M:%S')} version {newest}: {what}", flush=True)
-                (self.done if self.strike(what) else self.missed)[what] += 1
+                hit = self.strike(what)
+                (self.done if hit else self.missed)[what] += 1
+                left += [] if hit else [what]  # once more, at the end
                 struck, pause = time.monotonic(), self.chance.uniform(0.2, 2.5)
         return ""
 
