@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from chaos_world import World
 
 
+def back(world: World, versions: list[int]) -> None:
+    """When it begins or is back; the versions by the record."""
+    newest = world.machine.version
+    assert versions == list(range(newest + 1)), "the machine and the record differ"
+    assert world.disk.intact(newest), f"it goes on from version {newest}, whose weights are lost"
+
+
 def train(world: World, action: do.Train) -> None:
     """Of a ticket that is given out, or asked for again."""
     m = world.machine
