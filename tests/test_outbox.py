@@ -168,8 +168,10 @@ def case(tmp_path: Path) -> Iterator[Case]:
 
 
 def test_after_a_restart_what_waits_is_listed_and_given_again(case: Case) -> None:
-    reports = [case.train({"id": name, "seed": seed}) for seed, name in enumerate("cab")]
-    updates = [case.site.collect(name, []).copy() for name in "cab"]
+    reports, updates = [], []
+    for seed, name in enumerate("cab"):
+        reports.append(case.train({"id": name, "seed": seed}))
+        updates.append(case.site.collect(name, []).copy())  # before the next one could write over it
     reopened(case)
     assert case.site.describe("r", 1).outbox == ("c", "a", "b")
     assert case.site.describe("another", 1).outbox == ()
