@@ -197,6 +197,7 @@ class Coordinator:
         best = machine.scores.best[0] if machine.scores.best else machine.version
         table: list[dict[str, Any]] = []
         test: dict[str, float] = {}
+        averaged: dict[str, float] = {}
         judge = made.config.evaluate.test and not stopped and not failed
         if not failed:
             self._phase = "testing the best version, and each store alone"
