@@ -1,4 +1,4 @@
-"""Console verbs about a run's record: replay, backup, restore. Thin; see cli.py."""
+"""Console verbs about runs' records: compare, replay, backup, restore. Thin; see cli.py."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ Verb = Callable[[str, Callable[[argparse.Namespace, Console], int], str], argpar
 
 def add(verb: Verb) -> None:
     """The verbs of this file."""
+    compared = verb("compare", _compare, "runs side by side: quality, time, bytes, work; also into MLflow")
+    compared.add_argument("which", metavar="RUN", nargs="+", help="ids of runs, pooled ones too; or 'last'")
     replay = verb("replay", _replay, "make a run's versions again from its record, at the stores' data")
     replay.add_argument("which", metavar="RUN", help="a run's id, or 'last'")
     replay.add_argument("--verify", action="store_true", help="write nothing; stop at the first version that differs")
@@ -29,6 +31,28 @@ def add(verb: Verb) -> None:
     saved.add_argument("target", metavar="FILE", type=Path, help="a new file, or a folder for RUN.tar")
     restored = verb("restore", _restore, "put a run back from a backup; then: raypipe train --resume RUN")
     restored.add_argument("file", metavar="FILE", type=Path)
+
+
+def _compare(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.tracking.book import run_folder
+    from raypipe.tracking.compare import account_of, compare
+    from raypipe.tracking.comparisons import log_comparison
+    from raypipe.tracking.console import comparison_table
+    from raypipe.tracking.lineage import read_history
+
+    accounts = [account_of(read_history(run_folder(which))) for which in options.which]
+    found = compare(accounts)
+    console.print(comparison_table(found))
+    lines = [
+        f"({found.metric} on the {accounts[0].split} split, mean ± deviation over runs; worst of any store; time of"
+    ]
+    lines[0] += " the run; pooling: the training data once; seen: examples trained on)"
+    if any(row.of_pooled for row in found.rows):
+        lines.append("(/ pooled: mean ratio over equal seeds, and the lower end of its 95 % interval)")
+    lines += [f"note: {note}" for note in found.notes] + [f"MLflow: {log_comparison(found, accounts)}"]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0
 
 
 def _backup(options: argparse.Namespace, console: Console) -> int:

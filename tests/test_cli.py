@@ -43,6 +43,7 @@ def test_all_mistakes_are_shown_together_with_exit_code_2(tmp_path: Path) -> Non
     [
         (("train", "configs/quikstart.yaml"), "quickstart.yaml"),
         (("versions", "nope"), "no run named 'nope'"),
+        (("compare", "nope", "last"), "no run named 'nope'"),
         (("promote", "nope", "3"), "no run named 'nope'"),
         (("predict", "nope:x", "a.png"), "RUN:VERSION"),
         (("predict", "models:/nope@champion", "a.png"), "nope"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from raypipe.tracking.compare import Comparison, Row
 from raypipe.tracking.lineage import VersionRow
 
 PLAIN_LINES = 6  # progress lines at most where nobody watches live
@@ -192,6 +194,30 @@ def versions_table(rows: Sequence[VersionRow], metric: str = "accuracy") -> Tabl
         cells = (f"v{row.version}", row.hash[:12], str(row.contributors), str(row.steps), stale)
         table.add_row(*cells, figure(metric, row.score), marks)
     return table
+
+
+def comparison_table(found: Comparison) -> Table:
+    """A row an arm; means over its runs."""
+    table, metric = Table(box=None, pad_edge=False), found.metric
+    names = ("arm", "runs", metric, "worst store", "/ pooled", "time", "up", "down", "pooling", "steps", "seen")
+    for name in names:
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=name != "arm")
+    for row in found.rows:
+        quality = figure(metric, row.mean("quality"))
+        if row.spread is not None:
+            quality += f" ± {100 * row.spread:.1f}" if metric in SHARES else f" ± {row.spread:.3f}"
+        moved = [megabytes(row.mean(name)) for name in ("bytes_up", "bytes_down", "pooling_bytes")]
+        counts = [f"{row.mean(name):,.0f}" for name in ("steps", "examples")]
+        own = (row.arm, str(len(row.accounts)), quality, figure(metric, row.worst), _of_pooled(row))
+        table.add_row(*own, f"{row.mean('seconds'):.0f} s", *moved, *counts)
+    return table
+
+
+def _of_pooled(row: Row) -> str:
+    if row.of_pooled is None:
+        return "-"
+    mean, low = row.of_pooled
+    return f"{mean:.3f}" if math.isnan(low) else f"{mean:.3f} (> {low:.3f})"
 
 
 def megabytes(num_bytes: float) -> str:

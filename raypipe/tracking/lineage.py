@@ -21,6 +21,7 @@ from raypipe.tracking.records import (
     Final,
     RunFinished,
     RunStarted,
+    StoreJoined,
     VersionPublished,
     WeightsKept,
 )
@@ -35,6 +36,7 @@ class History:
     """What is known of a run so far. Adding a record twice changes nothing."""
 
     started: RunStarted | None = None
+    stores: dict[str, StoreJoined] = field(default_factory=dict)  # as each joined last
     versions: dict[int, VersionPublished] = field(default_factory=dict)
     weights: dict[int, WeightsKept] = field(default_factory=dict)
     evaluations: dict[int, dict[str, tuple[float, Evaluated]]] = field(
@@ -57,6 +59,8 @@ class History:
         match record.kind:
             case "run_started":
                 self.started, self.finished = body, None
+            case "store_joined":
+                self.stores[body["store"]] = body
             case "version_published":
                 self.versions[body["version"]] = body
             case "weights_kept":

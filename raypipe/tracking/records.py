@@ -71,6 +71,7 @@ class RunStarted(TypedDict):
     epoch: int
     cluster: NotRequired[bool]  # its coordinator is on a cluster's head, not on Ray started for this run alone
     machine: NotRequired[str]  # what the coordinator computes with
+    pooled: NotRequired[bool]  # trained on the stores' data in one place: the opponent, not a federation
     asked: NotRequired[list[dict[str, Any]]]  # of the stores, before the first version: what, of whom, bytes
 
 
@@ -79,6 +80,8 @@ class StoreJoined(TypedDict):
 
     store: str
     counts: dict[str, int]  # split -> images
+    data_bytes: NotRequired[int]  # of the data set on the store's disk, all splits
+    hash: NotRequired[str | None]  # of the data set's content
     cpus: float
     gpu: str | None
     node: str

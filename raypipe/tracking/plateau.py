@@ -1,0 +1,23 @@
+"""When a model has learned what it will: a pooled opponent that is stopped early is no opponent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+GAIN = 0.005  # of the metric: less than this in the last fifth is a plateau
+LEAST = 10  # judgements before anything can be said
+
+
+def plateaued(
+    scores: Sequence[float], *, lower_is_better: bool = False, gain: float = GAIN, least: int = LEAST
+) -> bool:
+    """Whether the last fifth of these scores, in order of time and evenly spaced, brought less than `gain`.
+
+    What it brought is the best score of all over the best one before it: a single lucky score early does not hide
+    that the later ones rise, a single bad one at the end does not look like a gain.
+    """
+    if len(scores) < max(2, least):
+        return False
+    best = min if lower_is_better else max
+    before = best(scores[: -max(1, len(scores) // 5)])
+    return abs(best([before, *scores]) - before) < gain
