@@ -112,8 +112,8 @@ def compose(
         notary=notary,
         asks_all=said.pacing.max_active_stores is None,
     )
-    started = _started(said, run, layout, plan, code, past.epoch + 1, home is None)
-    shell.record("run_started", started | ({"asked": list(asked)} if asked else {}))
+    body = started(said, run, layout, plan, code, past.epoch + 1, home is None)
+    shell.record("run_started", body | ({"asked": list(asked)} if asked else {}))
     shell.moved_before(sum(fact["bytes_up"] + fact["bytes_down"] for fact in asked))
     for version in past.withdrawn:
         shell.record("version_withdrawn", {"version": version, "reason": "its weights were lost"})
@@ -198,9 +198,10 @@ def _clock(start: float) -> Callable[[], float]:
     return lambda: start + time.monotonic() - begun
 
 
-def _started(
+def started(
     said: RunConfig, run: str, layout: Layout, plan: Plan, code: str, epoch: int, cluster: bool
 ) -> dict[str, Any]:
+    """The record's first fact: see RunStarted."""
     return {
         "run": run,
         "name": said.name,

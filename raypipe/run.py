@@ -66,6 +66,8 @@ def load_resumed(which: str, path: Path | None, overrides: Sequence[str], *, acc
     if history.finished is not None:
         ended = history.finished["reason"]
         raise ConfigError(f"run {folder.name} is over: {ended}; a new one may begin with its weights (warm_start)")
+    if history.run().get("pooled"):
+        raise ConfigError(f"run {folder.name} is of pooled data, which no store can take up: start jobs/centralize.py")
     before = flat_params(history.run()["config"])
     own = RunConfig.model_validate(history.run()["config"])
     if path is None and not overrides:
