@@ -111,7 +111,7 @@ class World:
         pixels, labels = self._held
         model.eval()
         with torch.inference_mode():
-            pieces = [model.module(self.task.prepare(piece)).argmax(1) for piece in pixels.split(JUDGED)]
+            pieces = [model.module(self.task.prepare(piece)).argmax(1) for piece in torch.split(pixels, JUDGED)]
         found = torch.cat(pieces).numpy()
         return tuple(float((found[labels == c] == c).mean()) for c in range(NUM))
 

@@ -42,11 +42,13 @@ def _compare(options: argparse.Namespace, console: Console) -> int:
 
     accounts = [account_of(read_history(run_folder(which))) for which in options.which]
     found = compare(accounts)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)  # a file has no edge
     console.print(comparison_table(found))
     lines = [
-        f"({found.metric} on the {accounts[0].split} split, mean ± deviation over runs; worst of any store; time of"
+        f"({found.metric} on the {accounts[0].split} split, mean ± deviation over runs; worst of any store; "
+        "time of the run; pooling: the training data once; seen: examples trained on)"
     ]
-    lines[0] += " the run; pooling: the training data once; seen: examples trained on)"
     if any(row.of_pooled for row in found.rows):
         lines.append("(/ pooled: mean ratio over equal seeds, and the lower end of its 95 % interval)")
     lines += [f"note: {note}" for note in found.notes] + [f"MLflow: {log_comparison(found, accounts)}"]

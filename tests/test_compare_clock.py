@@ -51,6 +51,7 @@ def test_what_moves_is_counted() -> None:
     assert result("alone").trace.looks[-1].up == 0
 
 
+@pytest.mark.long
 def test_twins_differ_in_their_speed_alone() -> None:
     fast, slow = twins(Unit("paced", "two-labels", 1, 0.05, SCALE))
     assert (fast.split, slow.split, fast.twin_slowness, slow.twin_slowness) == ("twin", "twin", 1.0, 10.0)

@@ -201,7 +201,8 @@ def comparison_table(found: Comparison) -> Table:
     table, metric = Table(box=None, pad_edge=False), found.metric
     names = ("arm", "runs", metric, "worst store", "/ pooled", "time", "up", "down", "pooling", "steps", "seen")
     for name in names:
-        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=name != "arm")
+        first = name == "arm"
+        table.add_column(name, justify="left" if first else "right", no_wrap=not first, min_width=12 if first else None)
     for row in found.rows:
         quality = figure(metric, row.mean("quality"))
         if row.spread is not None:
