@@ -23,7 +23,9 @@ def result(arm: str) -> Result:
     return run(Unit(arm, "two-labels", 1, 0.05 if arm != "closed form" else 0.01, SCALE))
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize(
+    "arm", [pytest.param(arm, marks=() if arm in ("paced", "closed form") else pytest.mark.long) for arm in ARMS]
+)
 def test_each_arm_learns_something_in_the_time_that_it_has(arm: str) -> None:
     looks = result(arm).trace.looks
     assert [look.at for look in looks] == sorted(look.at for look in looks)
