@@ -150,6 +150,7 @@ def said(*command: str, home: Path, exit_code: int = 0) -> subprocess.CompletedP
     return done
 
 
+@pytest.mark.long
 def test_the_pooled_opponent_trains_on_what_all_stores_have_and_is_a_run_like_any_other(tmp_path: Path) -> None:
     config = tmp_path / "shop.yaml"
     config.write_text(CONFIG.replace("CLASSES", str(CLASSES)))
