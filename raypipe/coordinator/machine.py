@@ -748,13 +748,14 @@ class Coordinator:
         """Stores that may be given work now."""
         handing_over = Phase.COLLECTING if self.policy.refill == "on_arrival" else Phase.TRAINING
         busy = {t.store for t in self.tickets.values() if t.phase <= handing_over}
-        limited = self.policy.max_active_stores is not None
-        over = limited and bool(self._waiting())  # then who has had a turn is given nothing more
-        return [
-            s
-            for s, m in self.members.items()
-            if m.available(self.now) and s not in busy and not (over and rotation.turn_over(m, self.policy))
-        ]
+        busy |= self._had_turn()
+        return [s for s, m in self.members.items() if m.available(self.now) and s not in busy]
+
+    def _had_turn(self) -> set[str]:
+        """Stores that are given nothing more, since others wait for their places."""
+        if self.policy.max_active_stores is None or not self._waiting():
+            return set()
+        return {s for s, m in self.members.items() if rotation.turn_over(m, self.policy)}
 
     def _slots_taken(self) -> int:
         return sum(not self._late(t) for t in self._training())
@@ -770,7 +771,8 @@ class Coordinator:
 
     def _startable(self) -> list[str]:
         """Members of the open cohort that wait for a slot or for the end of their back-off."""
-        return [s for s in self.cohort if self.members[s].counts(self.now)]
+        over = self._had_turn()
+        return [s for s in self.cohort if self.members[s].counts(self.now) and s not in over]
 
     def _sated(self, store: str) -> bool:
         """With slots refilled on arrival, a store that is in the open sum twice waits for the version."""
