@@ -160,3 +160,9 @@ def test_a_real_run_survives_its_kills() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "chaos: all is well"
+
+
+@pytest.mark.parametrize("deaths", [{}, {13: "after"}, {80: "torn"}])
+def test_an_update_in_order_does_not_stand_behind_the_next_one_of_its_own_store(deaths: Any, tmp_path: Path) -> None:
+    """One store may be there at a time and its turn is over: it is given nothing more, so nobody waits for it."""
+    assert play(History(35, deaths), tmp_path).violations == []
