@@ -50,6 +50,12 @@ BUGS = (
         "early = [do.Settle(c.store, c.ticket, event.version) for c in self.unkept[event.version]]\n"
         "        return [do.Keep(event.version), *early, *self._judge_centrally()",
     ),
+    Bug(
+        "what fell out of a lost version is given up",
+        MACHINE,
+        "Phase.WAITING, math.inf  #",
+        "Phase.WAITING, self.now  #",
+    ),
     Bug("never settled", MACHINE, "actions += [do.Settle(c.store, c.ticket, version) for c in kept]", "pass"),
     Bug(
         "staleness off by one",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from chaos_reader import journal
 
 from raypipe.coordinator import actions as do
+from raypipe.coordinator import events as ev
 from raypipe.coordinator.state import Phase
 
 if TYPE_CHECKING:
@@ -19,6 +20,12 @@ def back(world: World, versions: list[int]) -> None:
     newest = world.machine.version
     assert versions == list(range(newest + 1)), "the machine and the record differ"
     assert world.disk.intact(newest), f"it goes on from version {newest}, whose weights are lost"
+
+
+def patient(event: ev.Event, actions: list[do.Action]) -> None:
+    """As it comes back, nobody can be too late yet: what fell out of a lost version waits for its store again."""
+    late = [a.body["ticket"] for a in actions if isinstance(a, do.Record) and a.kind == "ticket_failed"]
+    assert not late or not isinstance(event, ev.Withdrawn | ev.Resumed), f"given up as it came back: {late}"
 
 
 def train(world: World, action: do.Train) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TypeAlias, get_args
 
+from chaos_checks import patient
+
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.machine import Coordinator
@@ -32,6 +34,7 @@ _WHY = {
         "Deferred UpdateRefused",
         "arrived folding folded published",
     ): "a fetch is answered once: what arrived is not refused, and of what is refused there is no ticket any more",
+    ("Deferred", "trained"): "training is answered once: with its report, or with when the store opens",
     ("Published", "none"): "the tickets of the version that is made are there until it is kept",
     ("Kept", "none"): "the tickets of a version stay until it is kept",
 }
@@ -44,14 +47,16 @@ IMPOSSIBLE = {
 
 
 class Watched(Coordinator):
-    """The machine; counts which event met a ticket in which phase."""
+    """The machine; counts which event met a ticket in which phase, and looks at what it decides."""
 
     seen: Seen
 
     def handle(self, event: ev.Event) -> list[do.Action]:
         for phase in _meets(self, event):
             self.seen[phase, type(event).__name__] += 1
-        return super().handle(event)
+        actions = super().handle(event)
+        patient(event, actions)
+        return actions
 
 
 def _meets(m: Coordinator, event: ev.Event) -> set[str]:

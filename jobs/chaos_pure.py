@@ -110,8 +110,8 @@ def play(history: History, folder: Path) -> Outcome:
     chance = random.Random(f"chaos/{history.seed}")
     policy, stores = random_policy(chance), chance.randint(2, 7)
     healthy = chance.randint(1, 3)
-    if policy.in_order and chance.random() < 0.5:  # many come before their turn
-        policy, stores = replace(policy, cohort=None, buffer_size=None, concurrency=None), chance.randint(6, 8)
+    if policy.in_order and chance.random() < 0.9:  # many come before their turn
+        policy, stores = replace(policy, cohort=None, buffer_size=None, concurrency=None), chance.randint(7, 9)
     if reaches := chance.random() < 0.6:  # nothing but its versions ends it: then it must reach them
         policy = replace(policy, quorum=1, max_seconds=None, target=None, patience=None)
     stop_at = chance.uniform(0, 40) if not reaches and chance.random() < 0.3 else math.inf

@@ -26,6 +26,7 @@ from raypipe.coordinator import events as ev
 from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.policy import Policy
 from raypipe.coordinator.resume import bring_back
+from raypipe.coordinator.state import Phase
 
 GRACE_S = 10.0  # for stores to return after the coordinator did
 CHECKPOINT_EVERY = 40  # lines of the diary
@@ -228,6 +229,8 @@ class World:
             self.disk.checkpoint(m.memory(), self.owed)
         for action in actions:
             self.perform(action)
+        if self.at >= self.stop_at / 2 and any(t.phase is Phase.TRAINED for t in m.tickets.values()):
+            self.later(self.at, ev.StopAsked("stopped by hand, as work waits for its turn", 0.0))  # seldom by itself
         checks.step(self)
 
     # -- what is done -----------------------------------------------------------------------------------------

@@ -311,6 +311,23 @@ def test_a_ticket_that_was_settled_at_the_end_stays_so_when_the_last_version_is_
     assert tickets["s1"] not in {a.ticket for a in of(do.Train, actions)}
 
 
+def test_work_on_the_version_before_one_that_is_lost_counts_again_and_is_not_done_twice() -> None:
+    m = machine(pace("fedbuff", 2, {"buffer_size": 2, "max_versions": 9}), 2)
+    first, other = of(do.Train, join_all(m))
+    (repeat,) = of(do.Train, deliver(m, first.ticket, 1.0))
+    m.handle(ev.TrainingFailed(repeat.ticket, "crashed", 1.0))
+    deliver(m, other.ticket, 1.0)
+    later = of(do.Train, m.handle(ev.Published(1, 10.0)))
+    deliver(m, next(a.ticket for a in later if a.store == "s0"), 11.0)
+    m.handle(ev.Withdrawn(1, "its weights were lost", 12.0))
+    m.handle(ev.Resumed(2, 9.0, 12.0))
+    asked = of(do.Train, m.handle(ev.StoreJoined("s0", 100, 13.0, (first.ticket,))))
+    assert first in asked, "its update counts again"
+    asked += of(do.Train, deliver(m, first.ticket, 13.0))
+    new = [a for a in asked if a != first]
+    assert [(a.store, a.version, a.repeat) for a in new] == [("s0", 0, 1)], "other batches than the first's"
+
+
 def test_a_store_that_hangs_at_the_end_is_not_asked_for_its_last_word() -> None:
     m = machine(pace("fedbuff", 2, {"buffer_size": 1, "deadline_s": 5.0, "max_versions": 9}), 2)
     join_all(m)

@@ -274,7 +274,10 @@ class Coordinator:
             del self.tickets[ticket.id]
         for contribution in self.unkept.pop(version, ()):
             ticket = self.tickets[contribution.ticket]
-            ticket.phase, ticket.hung_at = Phase.WAITING, max(self.now, *(m.returning for m in self.members.values()))
+            ticket.phase, ticket.hung_at = Phase.WAITING, math.inf  # `Resumed`, which follows, says for how long
+        for member in self.members.values():  # its work on the version before counts again: none is done twice
+            made = [t for t in self.tickets.values() if t.store == member.id and t.base == self.version and t.arrived]
+            member.handed_over = (self.version, max((t.asked.repeat + 1 for t in made), default=0))
         self.scores.withdraw(version)
         return [do.Settle(t.store, t.id, None, reason) for t in gone]
 
