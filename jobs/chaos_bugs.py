@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MACHINE, RESUME, DIARY = "coordinator/machine.py", "coordinator/resume.py", "coordinator/diary.py"
+RESUME, DIARY = "coordinator/resume.py", "coordinator/diary.py"
+STORES, TICKETS, VERSIONS = "coordinator/stores.py", "coordinator/tickets.py", "coordinator/versions.py"
 OUTBOX = "tests/test_outbox.py::"
 CHAOS = "tests/test_chaos.py::"
 
@@ -27,100 +28,102 @@ class Bug:
 BUGS = (
     Bug(
         "a folded update is left out of its version",
-        MACHINE,
+        VERSIONS,
         "tuple(_contribution(t, total) for t in summed)",
         "tuple(_contribution(t, total) for t in summed[1:] or summed)",
     ),
     Bug(
         "a double fold",
-        MACHINE,
-        "ticket.phase = Phase.FOLDING\n                steps",
-        "ticket.phase = Phase.ARRIVED\n                steps",
+        VERSIONS,
+        "ticket.phase = Phase.FOLDING\n            steps",
+        "ticket.phase = Phase.ARRIVED\n            steps",
     ),
     Bug(
         "folded in the order of arrival where store order is due",
-        MACHINE,
+        VERSIONS,
         "arrived = [t for t in arrived if t.store < first_missing]",
         "arrived = sorted(arrived, key=lambda t: t.issued_at)",
     ),
     Bug(
         "settled before its version is kept",
-        MACHINE,
-        "return [do.Keep(event.version), *self._judge_centrally()",
-        "early = [do.Settle(c.store, c.ticket, event.version) for c in self.unkept[event.version]]\n"
-        "        return [do.Keep(event.version), *early, *self._judge_centrally()",
+        VERSIONS,
+        "return [do.Keep(event.version), *ending.judge_centrally(run)",
+        "early = [do.Settle(c.store, c.ticket, event.version) for c in run.unkept[event.version]]\n"
+        "    return [do.Keep(event.version), *early, *ending.judge_centrally(run)",
     ),
     Bug(
         "what fell out of a lost version is given up",
-        MACHINE,
+        VERSIONS,
         "Phase.WAITING, math.inf  #",
-        "Phase.WAITING, self.now  #",
+        "Phase.WAITING, run.now  #",
     ),
-    Bug("never settled", MACHINE, "actions += [do.Settle(c.store, c.ticket, version) for c in kept]", "pass"),
+    Bug(
+        "never settled", VERSIONS, "return [do.Settle(c.store, c.ticket, version) for c in contributions]", "return []"
+    ),
     Bug(
         "staleness off by one",
-        MACHINE,
+        VERSIONS,
         "ticket.staleness = newest - ticket.base",
         "ticket.staleness = newest - ticket.base + 1",
     ),
     Bug(
         "staleness forgets the version that is being made",
-        MACHINE,
-        "newest = self.version + (self.publishing is not None)",
-        "newest = self.version",
+        VERSIONS,
+        "newest = run.version + (run.publishing is not None)",
+        "newest = run.version",
     ),
-    Bug("shares that are not normalised", MACHINE, "share=ticket.weight / total", "share=ticket.weight"),
-    Bug("a late update without its floor", MACHINE, "worth * max(trust, policy.floor_weight)", "worth * trust"),
+    Bug("shares that are not normalised", VERSIONS, "share=ticket.weight / total", "share=ticket.weight"),
+    Bug("a late update without its floor", VERSIONS, "worth * max(trust, policy.floor_weight)", "worth * trust"),
     Bug(
         "a report that comes twice counts twice",
-        MACHINE,
+        TICKETS,
         "if ticket is None or ticket.phase is not Phase.TRAINING:",
         "if ticket is None:",
     ),
     Bug(
         "an update that comes twice counts twice",
-        MACHINE,
-        "if ticket is None or ticket.phase is not Phase.COLLECTING:\n            return\n",
-        "if ticket is None:\n            return\n",
+        TICKETS,
+        "if ticket is None or ticket.phase is not Phase.COLLECTING:\n        return\n",
+        "if ticket is None:\n        return\n",
     ),
     Bug(
         "work is given out while a version is made",
-        MACHINE,
-        "if self.ending is not None or self.publishing is not None or not self._started(at):",
-        "if self.ending is not None or not self._started(at):",
+        TICKETS,
+        "if run.ending is not None or run.publishing is not None or not _started(run, at):",
+        "if run.ending is not None or not _started(run, at):",
     ),
-    Bug("one ticket too many at once", MACHINE, ">= self.policy.concurrency", "> self.policy.concurrency"),
+    Bug("one ticket too many at once", TICKETS, ">= run.policy.concurrency", "> run.policy.concurrency"),
     Bug(
         "the same work is asked for twice",
-        MACHINE,
-        "repeat = times if base == self.version else 0",
+        TICKETS,
+        "repeat = times if base == run.version else 0",
         "repeat = 0",
     ),
     Bug(
         "resumed without asking again",
-        MACHINE,
+        STORES,
         "actions.append(ticket.asked)",
-        "actions += [ticket.asked] if self.epoch == 1 else []",
+        "actions += [ticket.asked] if run.epoch == 1 else []",
     ),
-    Bug("resumed, and asks for what is in a version already", MACHINE, "if ticket.id not in done:", "if ticket.id:"),
+    Bug("resumed, and asks for what is in a version already", STORES, "if ticket.id not in done:", "if ticket.id:"),
     Bug(
         "resumed, and the version in the making is never made",
-        MACHINE,
-        "self.publishing, self.awaited = None, None\n        self.central_busy",
-        "self.awaited = None\n        self.central_busy",
+        STORES,
+        "run.publishing, run.awaited = None, None\n    run.central_busy",
+        "run.awaited = None\n    run.central_busy",
     ),
-    Bug("a withdrawn version keeps its score", MACHINE, "        self.scores.withdraw(version)\n", ""),
+    Bug("a withdrawn version keeps its score", VERSIONS, "    run.scores.withdraw(version)\n", ""),
     Bug(
         "work on a withdrawn version goes on",
-        MACHINE,
-        "gone = [t for t in self.tickets.values() if t.base >= version]",
-        "gone = [t for t in self.tickets.values() if t.base > version]",
+        VERSIONS,
+        "gone = [t for t in run.tickets.values() if t.base >= version]",
+        "gone = [t for t in run.tickets.values() if t.base > version]",
     ),
     Bug(
         "a ticket's name is given a second time by another life of the coordinator",
-        MACHINE,
-        'name = f"{self.version}.{self.epoch}-{self.issued}.{member.id}"',
-        'name = f"{self.version}.{self.issued}.{member.id}"',
+        TICKETS,
+        'name = f"{run.version}.{run.epoch}-{run.issued}.{member.id}"',
+        'name = f"{run.version}.{run.issued}.{member.id}"',
     ),
     Bug(
         "resumed, and a version that is a fact is made again",

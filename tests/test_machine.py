@@ -12,10 +12,11 @@ import pytest
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.diary import Diary
-from raypipe.coordinator.machine import WARM_UP_S, Coordinator
+from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.policy import Policy, pace
 from raypipe.coordinator.resume import bring_back
 from raypipe.coordinator.state import KEPT, Scores
+from raypipe.coordinator.stores import WARM_UP_S
 
 
 def machine(policy: Policy, stores: int = 3) -> Coordinator:

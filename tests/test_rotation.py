@@ -35,7 +35,7 @@ def released(actions: list[do.Action]) -> list[str]:
 
 def limited(name: str, stores: int, most: int, **said: Any) -> Coordinator:
     m = machine(pace(name, stores, {"max_versions": 99, "max_active_stores": most, **said}), stores)
-    m._chance = lambda version: random.Random(f"7/{version}")
+    m.chance = lambda version: random.Random(f"7/{version}")
     return m
 
 

@@ -24,8 +24,8 @@ from test_site import Case, write
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.board import Board
-from raypipe.coordinator.machine import WARM_UP_S
 from raypipe.coordinator.policy import pace
+from raypipe.coordinator.stores import WARM_UP_S
 from raypipe.errors import ConfigError, StoreClosed, StoreRefused
 from raypipe.store.going import Going
 from raypipe.store.hours import closes, opens, parse

@@ -1,0 +1,175 @@
+"""Stores come, go, fail, pause and take turns; what that means for their tickets."""
+
+from __future__ import annotations
+
+import math
+
+from raypipe.coordinator import actions as do
+from raypipe.coordinator import ending, rotation
+from raypipe.coordinator import events as ev
+from raypipe.coordinator.run import Run
+from raypipe.coordinator.state import Member, Phase, Ticket
+
+FIRST_S = 3600.0  # for a first ticket without a deadline: nothing is known of the store's speed
+WARM_UP_S = 60.0  # more patience until a store that joined has handed over once: it imports, builds and decodes
+
+
+def joined(run: Run, event: ev.StoreJoined, at: float) -> list[do.Action]:
+    """A store is there: tell it what is over, and ask again for what it held when the coordinator died."""
+    member = run.members.setdefault(event.store, Member(event.store))
+    if not member.asked:  # it came as it was released
+        return []
+    if not member.restarting and member.returning <= at:  # it came back from outside: a new chance
+        member.aside, member.failures, member.retry_at, member.closed_until = "", 0, at, at
+    member.present, member.restarting, member.warm, member.missed = True, False, False, False
+    member.returning = member.coming_until = -math.inf
+    member.num_train, member.max_upload_bytes_s = event.num_train, event.max_upload_bytes_s
+    member.stuck = False
+    mine = [t for t in run.tickets.values() if t.store == event.store]
+    forgotten = [ticket for ticket in event.outbox if ticket not in run.tickets]
+    actions: list[do.Action] = [do.Settle(event.store, ticket, None, "it was settled") for ticket in forgotten]
+    over = run.ending is not None or ending.reason_to_end(run, at)  # it may end in this very step
+    for ticket in [t for t in mine if t.phase is Phase.WAITING]:
+        if not over and not member.aside:
+            _ask_again(run, ticket, at)  # of a finished one the store has the update still: it gives the same report
+            actions.append(ticket.asked)
+        else:
+            del run.tickets[ticket.id]
+            actions.append(do.Settle(event.store, ticket.id, None, member.aside or "the run ended"))
+    return actions
+
+
+def added(run: Run, store: str) -> None:
+    """Where not all may be there; else it is simply there when it joins."""
+    member = run.members.setdefault(store, Member(store, asked=run.policy.max_active_stores is None))
+    member.aside = ""
+
+
+def left(run: Run, store: str, reason: str, *, for_good: bool = False) -> list[do.Action]:
+    """A store is gone, `for_good` by its operator: its work that is not at the head yet is over."""
+    member = run.members.get(store)
+    if member is None:
+        return []
+    member.returning = member.coming_until = -math.inf
+    member.asked_at = run.now
+    if for_good and run.policy.max_active_stores is not None:
+        member.aside = reason
+    if not member.present:
+        return []
+    member.present, member.paused_at = False, None
+    run.cohort = [s for s in run.cohort if s != store]
+    ending.heard(run, run.version, store)
+    actions: list[do.Action] = [do.Record("store_left", {"store": store, "reason": reason})]
+    for ticket in [t for t in run.tickets.values() if t.store == store and t.phase <= Phase.COLLECTING]:
+        del run.tickets[ticket.id]
+        actions.append(do.Settle(store, ticket.id, None, reason))
+    return actions
+
+
+def restart(run: Run, store: str, reason: str, at: float) -> list[do.Action]:
+    """End its process and start it anew; a failure of its own."""
+    if not run.members[store].present:
+        return []
+    run.members[store].restarting = True
+    blamed = blame(run, store, reason, at)
+    return [*left(run, store, reason), do.Restart(store, reason), *blamed]
+
+
+def blame(run: Run, store: str, reason: str, at: float) -> list[do.Action]:
+    """Count a failure; back off, or set the store aside."""
+    member = run.members[store]
+    member.failures += 1
+    member.retry_at = at + run.policy.backoff_s * 2 ** min(member.failures - 1, 16)
+    if member.failures < run.policy.max_failures:
+        return []
+    member.aside = reason
+    run.cohort = [s for s in run.cohort if s != store]
+    return [do.Record("store_set_aside", {"store": store, "reason": reason, "failures": member.failures})]
+
+
+def paused(run: Run, store: str, reason: str, at: float) -> list[do.Action]:
+    """Its training stands still, for who owns its machine."""
+    member = run.members.get(store)
+    if member is None or not member.present or member.paused_at is not None:
+        return []
+    member.paused_at = at
+    for ticket in run.tickets.values():
+        if ticket.store == store and ticket.phase is Phase.TRAINING:
+            ticket.again = True  # how long it took tells nothing
+    return [do.Record("store_paused", {"store": store, "reason": reason})]
+
+
+def went_on(run: Run, store: str, at: float) -> list[do.Action]:
+    """It trains again; the pause was not its fault."""
+    member = run.members.get(store)
+    if member is None or member.paused_at is None:
+        return []
+    seconds, member.paused_at = at - member.paused_at, None
+    for ticket in run.tickets.values():
+        if ticket.store == store and ticket.phase is Phase.TRAINING:
+            ticket.hung_at += seconds
+    return [do.Record("store_went_on", {"store": store, "seconds": seconds})]
+
+
+def resumed(run: Run, event: ev.Resumed, at: float) -> list[do.Action]:
+    """Everything in flight is asked for again when its store is back; the open sum begins anew."""
+    run.epoch, until = event.epoch, at + event.grace_s
+    for member in run.members.values():
+        member.returning = until if member.present else -math.inf
+        member.present = member.restarting = False
+        member.paused_at = None
+    done = {c.ticket for made in run.unkept.values() for c in made}
+    for ticket in run.tickets.values():
+        if ticket.id not in done:
+            ticket.phase, ticket.hung_at = Phase.WAITING, until
+    run.created_at = run.created_at if run.started_at is not None else at
+    run.publishing, run.awaited = None, None
+    run.central_busy, run.empty_since = False, None
+    if run.policy.max_active_stores is None:  # all are
+        for member in run.members.values():
+            member.asked = True
+        return []
+    asked = [member for member in run.members.values() if member.asked]
+    for member in asked:
+        member.asked_at = at
+    return [do.Ask(member.id) for member in asked]
+
+
+def rotate(run: Run, at: float) -> list[do.Action]:
+    """Release who is not needed, ask for who is next; see rotation.py."""
+    if run.ending is not None:
+        return []
+    actions: list[do.Action] = []
+    busy = {t.store for t in run.tickets.values()}
+    busy |= {s for s in run.cohort if (m := run.members[s]).present and not rotation.turn_over(m, run.policy)}
+    lacking = len(run.waiting()) - rotation.room(run.members.values(), run.policy)
+    for member in [m for m in run.members.values() if m.asked and m.id not in busy]:
+        if reason := rotation.why_release(member, run.policy, at, crowded=lacking > 0):
+            lacking -= 1
+            actions += _let_go(run, member, reason, at)
+    room = rotation.room(run.members.values(), run.policy)
+    if room < 1 or not (able := run.waiting()):
+        return actions
+    awaited = run.policy.max_active_stores is not None and not run.policy.tick
+    for member in rotation.in_turn(able, run.chance(run.version))[: int(min(room, len(able)))]:
+        member.asked, member.asked_at, member.turns = True, at, 0
+        member.coming_until = at + run.policy.join_s if awaited else -math.inf
+        actions += [do.Ask(member.id), do.Record("store_asked", {"store": member.id})]
+    return actions
+
+
+def _let_go(run: Run, member: Member, reason: str, at: float) -> list[do.Action]:
+    member.missed = not member.present and not member.aside and member.closed_until <= at
+    member.asked = member.present = member.restarting = False
+    member.released_at, member.paused_at = at, None
+    member.returning = member.coming_until = -math.inf
+    run.cohort = [s for s in run.cohort if s != member.id]
+    ending.heard(run, run.version, member.id)
+    return [do.Release(member.id), do.Record("store_released", {"store": member.id, "reason": reason})]
+
+
+def _ask_again(run: Run, ticket: Ticket, at: float) -> None:
+    """It is asked for again: it has as long as it had at first, and the store's start."""
+    due, hung = ticket.due_at - ticket.issued_at, FIRST_S if math.isinf(ticket.due_at) else 0.0
+    ticket.phase, ticket.issued_at, ticket.again = Phase.TRAINING, at, True
+    ticket.due_at, ticket.hung_at = at + due, at + (hung or due) + run.policy.hung_s + WARM_UP_S
