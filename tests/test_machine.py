@@ -329,6 +329,21 @@ def test_work_on_the_version_before_one_that_is_lost_counts_again_and_is_not_don
     assert [(a.store, a.version, a.repeat) for a in new] == [("s0", 0, 1)], "other batches than the first's"
 
 
+def test_work_that_outlives_a_lost_version_is_not_given_out_under_its_number_again() -> None:
+    m = machine(pace("fedbuff", 2, {"buffer_size": 2, "max_versions": 9}), 2)
+    first, other = of(do.Train, join_all(m))
+    (repeat,) = of(do.Train, deliver(m, first.ticket, 1.0))
+    deliver(m, other.ticket, 1.0)
+    m.handle(ev.Published(1, 1.0))
+    m.handle(ev.Kept(1, 1.0))
+    m.handle(ev.Withdrawn(1, "its weights were lost", 2.0))
+    m.handle(ev.Resumed(2, 9.0, 2.0))
+    asked = of(do.Train, m.handle(ev.StoreJoined("s0", 100, 3.0)))
+    assert asked == [repeat], "the first one is gone with its version, this one is not"
+    (new,) = of(do.Train, deliver(m, repeat.ticket, 4.0))
+    assert (new.store, new.version, repeat.repeat, new.repeat) == ("s0", 0, 1, 2)
+
+
 def test_a_store_that_hangs_at_the_end_is_not_asked_for_its_last_word() -> None:
     m = machine(pace("fedbuff", 2, {"buffer_size": 1, "deadline_s": 5.0, "max_versions": 9}), 2)
     join_all(m)

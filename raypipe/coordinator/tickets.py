@@ -123,8 +123,9 @@ def arrived(run: Run, event: ev.UpdateArrived) -> None:
         member.last_s = event.at - ticket.issued_at
         member.overhead_s = max(0.0, member.last_s - ticket.seconds)
     base, times = member.handed_over
-    if not ticket.arrived:  # a second time after the coordinator died
-        member.handed_over = (ticket.base, times + 1 if base == ticket.base else 1)
+    if not ticket.arrived:  # else a second time, after the coordinator died
+        done = max(times if base == ticket.base else 0, ticket.asked.repeat)  # what was before may have been lost
+        member.handed_over = (ticket.base, done + 1)
     ticket.arrived = True
 
 
