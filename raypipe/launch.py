@@ -15,11 +15,12 @@ from typing import Any
 from raypipe.compose import compose
 from raypipe.config.load import to_dict
 from raypipe.config.schema import RunConfig
+from raypipe.data.places import StoreSummary
 from raypipe.data.row_stores import make_row_stores
 from raypipe.data.sales import image_sales
 from raypipe.data.sample import download_full, load_full, load_sample
 from raypipe.data.shelves import make_shelves
-from raypipe.data.stores import StoreSummary, make_stores
+from raypipe.data.stores import make_stores
 from raypipe.data.tables import TABLES
 from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.placement.homes import raypipe_home

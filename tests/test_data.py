@@ -21,10 +21,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypipe.data import parquet, sample, stores
+from raypipe.data import parquet, places, sample, stores
 from raypipe.data.camera import camera_of, rng_for, shoot
 from raypipe.data.dataset import StoreData, open_data, readers
 from raypipe.data.decode import decode_images, is_whole
+from raypipe.data.places import StoreSummary
 from raypipe.data.sample import (
     Source,
     download_full,
@@ -36,7 +37,7 @@ from raypipe.data.sample import (
 )
 from raypipe.data.schema import SPLITS, content_hash, write_split
 from raypipe.data.split import FEW, balanced, share, sizes, splits
-from raypipe.data.stores import StoreSummary, describe_stores, make_stores
+from raypipe.data.stores import describe_stores, make_stores
 from raypipe.errors import ConfigError, RunError, StoreRefused
 
 SECRET = ("canary-shoe", "canary-hat")  # class names: they must not be in any message
@@ -562,7 +563,7 @@ def test_an_interrupted_store_is_made_again(tmp_path: Path, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr(stores, "_allow", interrupt)
+        broken.setattr(places, "_allow", interrupt)
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path)
     assert not (tmp_path / "harbour" / "data" / "products").exists()

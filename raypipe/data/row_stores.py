@@ -1,23 +1,19 @@
-"""Stores' data sets of rows, made from a table whose every row is from somewhere. Where they lie: see stores.py."""
+"""Stores' data sets of rows, made from a table whose every row is from somewhere. Where they lie: see places.py."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from raypipe.data.dataset import open_data
+from raypipe.data.places import StoreSummary, Write, check_names, make_data_sets
 from raypipe.data.rows import write_rows
-from raypipe.data.schema import SPLITS, reason
-from raypipe.data.stores import StoreSummary, check_names, is_made, one_at_a_time, place_data
+from raypipe.data.schema import SPLITS
 from raypipe.data.tables import TableSource
-from raypipe.errors import ConfigError, RunError
+from raypipe.errors import ConfigError
 
-RECIPE_VERSION = 1  # another one makes all stores anew
 TASKS = ("tabular", "multimodal")
 
 
@@ -36,36 +32,20 @@ def make_row_stores(
     """
     if problems := check_names(store_ids, data_name):
         raise ConfigError(problems)
-    recipe = {
-        "version": RECIPE_VERSION,
-        "source": list(made_of),
-        "stores": list(store_ids),
-        "tasks": list(TASKS),
-    }
-    recipe = json.loads(json.dumps(recipe))  # as it will be read back
-    try:
-        with one_at_a_time(out):
-            wanting = [s for s in store_ids if not is_made(out / s, s, data_name, recipe)]
-            table = source() if wanting else None
-            for store in wanting:
-                assert table is not None
-                place_data(out / store, store, data_name, recipe, partial(_write, table, store_ids.index(store)))
-            return [_summary(out, store, data_name, made=store in wanting) for store in store_ids]
-    except OSError as error:
-        raise RunError(f"the stores' data sets cannot be written: {reason(error)}") from None
+    recipe = {"source": list(made_of), "tasks": list(TASKS)}
+    return make_data_sets(out, store_ids, data_name, recipe, lambda: _writer(source(), store_ids))
 
 
-def _write(source: TableSource, place: int, folder: Path) -> None:
-    for number, name in enumerate(SPLITS):
-        rows = np.flatnonzero((source.origin == place) & (source.split == number))
-        write_rows(folder / f"{name}.parquet", {key: _chosen(values, rows) for key, values in source.columns.items()})
+def _writer(source: TableSource, store_ids: Sequence[str]) -> Write:
+    def write(store: str, folder: Path) -> None:
+        mine = source.origin == store_ids.index(store)
+        for number, name in enumerate(SPLITS):
+            rows = np.flatnonzero(mine & (source.split == number))
+            columns = {key: _chosen(values, rows) for key, values in source.columns.items()}
+            write_rows(folder / f"{name}.parquet", columns)
+
+    return write
 
 
 def _chosen(values: Any, rows: np.ndarray) -> Any:
     return values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
-
-
-def _summary(out: Path, store: str, data_name: str, *, made: bool) -> StoreSummary:
-    data = open_data(out / store / "data" / data_name, name=data_name)
-    policy = out / store / "policy.yaml"
-    return StoreSummary(store, policy, dict(data.counts), (), (), data.content_hash, made)

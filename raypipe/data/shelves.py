@@ -8,7 +8,6 @@ the training items; test scenes hold test items only, every class as often, and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +19,15 @@ from numpy.typing import NDArray
 
 from raypipe.data.camera import Camera, camera_of, rng_for, shoot
 from raypipe.data.dataset import Labels, Pixels
+from raypipe.data.places import StoreSummary, Write, make_data_sets
 from raypipe.data.sample import Source
-from raypipe.data.schema import SPLITS, reason
+from raypipe.data.schema import SPLITS
 from raypipe.data.split import Counts, share, sizes, splits
-from raypipe.data.stores import StoreSummary, is_made, one_at_a_time, place_data, problems_of, summary
+from raypipe.data.stores import problems_of
 from raypipe.data.writer import Box, Example, SplitWriter
-from raypipe.errors import ConfigError, RunError
+from raypipe.errors import ConfigError
 from raypipe.registry import Spec
 
-RECIPE_VERSION = 1  # another one makes all stores anew
 WIDTH, HEIGHT, SHELVES = 192, 128, 2
 SMALLEST, LARGEST = 1.3, 1.9  # of the items' own 28 pixels
 GAP = 14  # pixels between two items, at most
@@ -103,32 +102,22 @@ def make_shelves(
                  for name in SPLITS if counts[name] < 2 * len(store_ids)]  # fmt: skip
     if problems:
         raise ConfigError(problems)
-    recipe = {
-        "version": RECIPE_VERSION,
+    mix = splits.build(split)(source.classes, len(store_ids), rng_for(seed, "mix"))
+    made_of = {
         "kind": "shelves",
         "tasks": ["detection"],
         "source": [source.name, source.content_hash],
-        "stores": list(store_ids),
         "split": dict(split),
         "size_ratio": size_ratio,
         "camera_shift": camera_shift,
         "seed": seed,
         "scenes": counts,
     }
-    recipe = json.loads(json.dumps(recipe))
-    mix = splits.build(split)(source.classes, len(store_ids), rng_for(seed, "mix"))
-    try:
-        with one_at_a_time(out):
-            wanting = [s for s in store_ids if not is_made(out / s, s, data_name, recipe)]
-            if wanting:
-                _make(out, wanting, data_name, source, mix, recipe)
-            return [summary(out, store, data_name, made=store in wanting) for store in store_ids]
-    except OSError as error:
-        raise RunError(f"the stores' data sets cannot be written: {reason(error)}") from None
+    return make_data_sets(out, store_ids, data_name, made_of, lambda: _writer(source, store_ids, mix, made_of))
 
 
-def _make(out: Path, wanting: Sequence[str], data_name: str, source: Source, mix: Any, recipe: Any) -> None:
-    seed, stores, ratio = recipe["seed"], recipe["stores"], recipe["size_ratio"]
+def _writer(source: Source, stores: Sequence[str], mix: Any, made_of: dict[str, Any]) -> Write:
+    seed, ratio, scenes = made_of["seed"], made_of["size_ratio"], made_of["scenes"]
     pool = {name: source.read(name) for name in SPLITS}
     own: dict[str, list[Counts]] = {}
     for name in SPLITS:
@@ -136,21 +125,17 @@ def _make(out: Path, wanting: Sequence[str], data_name: str, source: Source, mix
         even = 1.0 if name == "test" else ratio
         mine = np.full_like(mix, 1 / mix.shape[1]) if name == "test" else mix
         own[name] = share(labels, mine, sizes(len(labels), len(stores), even), rng_for(seed, "share", name))
-    for store in wanting:
-        place = stores.index(store)
-        look = look_of(store, strength=recipe["camera_shift"], seed=seed)
 
-        def write(folder: Path, store: str = store, place: int = place, look: Look = look) -> None:
-            for name in SPLITS:
-                many = sizes(recipe["scenes"][name], len(stores), ratio if name == "train" else 1.0)[place]
-                items, labels = pool[name]
-                some = own[name][place]
-                rng = rng_for(seed, "scenes", store, name)
-                write_scenes(
-                    folder / f"{name}.parquet", items[some], labels[some], source.classes, look, int(many), rng, name
-                )
+    def write(store: str, folder: Path) -> None:
+        place, look = stores.index(store), look_of(store, strength=made_of["camera_shift"], seed=seed)
+        for name in SPLITS:
+            many = sizes(scenes[name], len(stores), ratio if name == "train" else 1.0)[place]
+            items, labels = pool[name]
+            mine, rng = own[name][place], rng_for(seed, "scenes", store, name)
+            file = folder / f"{name}.parquet"
+            write_scenes(file, items[mine], labels[mine], source.classes, look, int(many), rng, name)
 
-        place_data(out / store, store, data_name, recipe, write)
+    return write
 
 
 def write_scenes(

@@ -23,8 +23,8 @@ from raypipe.data.importers.found import Candidate, FoundBox, Skipped, Source
 from raypipe.data.importers.picture import Picture, read_picture
 from raypipe.data.importers.safe import Refused, inside
 from raypipe.data.parquet import parquet, parts_of
+from raypipe.data.places import one_at_a_time
 from raypipe.data.schema import SPLITS, reason
-from raypipe.data.stores import one_at_a_time
 from raypipe.data.writer import Box, Example, SplitWriter
 from raypipe.errors import ConfigError, RunError
 
