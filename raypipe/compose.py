@@ -29,6 +29,7 @@ from raypipe.coordinator.resume import bring_back
 from raypipe.coordinator.shell import Shell
 from raypipe.errors import RunError
 from raypipe.ledger import roster
+from raypipe.models import licence_of
 from raypipe.placement.homes import raypipe_home
 from raypipe.run import initial_of, policy_of
 from raypipe.store.code import code_hash
@@ -73,7 +74,7 @@ def compose(
     book = RunBook(folder, said.track.keep_last, every, time.time)
     board, diary, code, plan = Board(said.evaluate.metric), Diary(folder), code_hash(), plan_of(said, run, layout)
     past = _past(book, board) if there else _Past()
-    board.lines += [book.damage] if book.damage else []
+    board.lines += [line for line in (book.damage, licence_of(said.model)) if line]
     again = bool(past.versions)  # else it died before its first version, or is new
     if start is not None and not again:
         model.restore(start, model.state)
@@ -202,6 +203,7 @@ def started(
     said: RunConfig, run: str, layout: Layout, plan: Plan, code: str, epoch: int, cluster: bool
 ) -> dict[str, Any]:
     """The record's first fact: see RunStarted."""
+    licence = licence_of(said.model)
     return {
         "run": run,
         "name": said.name,
@@ -216,6 +218,7 @@ def started(
         "epoch": epoch,
         "cluster": cluster,
         "machine": machine(),
+        **({"licence": licence} if licence else {}),
     }
 
 

@@ -18,7 +18,7 @@ from raypipe.coordinator.policy import Policy, pace
 from raypipe.coordinator.staleness import staleness
 from raypipe.data.split import splits
 from raypipe.errors import ConfigError, did_you_mean
-from raypipe.models import DETECTORS, models
+from raypipe.models import DETECTORS, licence_of, models
 from raypipe.registry import Registry
 from raypipe.store.optimizers import optimizers
 from raypipe.store.schedules import schedules
@@ -207,4 +207,5 @@ def check(config: RunConfig) -> str:
         image_source=source,
     )
     stores = [(store.id, store.cpus, store.gpus) for store in config.stores]
-    return "\n".join([f"{config.name}: nothing wrong found", *explain(stores, policy_of(config), sizes)])
+    lines = [f"{config.name}: nothing wrong found", *explain(stores, policy_of(config), sizes)]
+    return "\n".join([*lines, *filter(None, [licence_of(config.model)])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,8 @@ from raypipe.data.dataset import open_data
 from raypipe.data.sample import Source, load_sample
 from raypipe.data.shelves import WIDTH, make_shelves
 from raypipe.data.writer import Box, Example, SplitWriter
-from raypipe.errors import StoreRefused
-from raypipe.models import DETECTORS, models
+from raypipe.errors import ConfigError, StoreRefused
+from raypipe.models import DETECTORS, licence_of, models
 from raypipe.models.anchors import fit_anchors, matching
 from raypipe.models.detector import Detector
 from raypipe.models.flat import FlatModel, initial, layout_of
@@ -127,6 +128,17 @@ def test_detectors_learn_behind_the_same_task(name: str) -> None:
         sums = task.boxes.judge(model.module, images, targets)
     assert {name: n for name, n in sums.items() if name.startswith("boxes/")} == {"boxes/0": 1, "boxes/1": 1}
     assert set(metrics(sums, 2)) == {"map50", "map"}  # the ignored one is not counted
+
+
+def test_a_model_under_agpl_says_so_and_without_its_package_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "AGPL-3.0" in licence_of({"name": "ultralytics"})
+    assert licence_of({"name": "yolov5n"}) == ""
+    monkeypatch.setitem(sys.modules, "ultralytics", None)
+    with pytest.raises(ConfigError, match=r"install raypipe\[ultralytics\] \(AGPL-3.0\)") as caught:
+        models.build({"name": "ultralytics"}, 2, 3, 96)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="architecture"):
+        models.build({"name": "ultralytics", "architecture": "../mine.yaml"}, 2, 3, 96)
 
 
 def test_faster_rcnn_stands_behind_the_same_methods() -> None:

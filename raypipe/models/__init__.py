@@ -18,10 +18,11 @@ MODULES = (
     "raypipe.models.efficientnet",
     "raypipe.models.torchvision_detectors",
     "raypipe.models.yolov5",
+    "raypipe.models.ultralytics_yolo",
 )
 DETECTORS = (  # as models/detector.py says
     *(f"yolov5{scale}" for scale in "nsmlx"),
-    *("ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"),
+    *("ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn", "ultralytics"),
 )
 
 # A part is called with (num_outputs, channels, image_size) and returns an nn.Module; naming one costs no torch.
@@ -51,4 +52,10 @@ def build_for(task: Task, spec: Spec) -> Any:
     return build(spec, *shape, boxes=task.boxes is not None)
 
 
-__all__ = ["DETECTORS", "build", "build_for", "models"]
+def licence_of(spec: Spec) -> str:
+    """What a run must say and record of a model from elsewhere; empty for most."""
+    said: str = getattr(models.get(spec["name"]), "licence", "")
+    return said
+
+
+__all__ = ["DETECTORS", "build", "build_for", "licence_of", "models"]

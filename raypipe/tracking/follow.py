@@ -170,6 +170,7 @@ class Follower:
         epoch = body["epoch"]
         sink.params(place.run_id, flat_params(body["config"]), f"epoch-{epoch}")
         tags = {"epoch": str(epoch), "code_hash": body["code_hash"], "stores": ", ".join(body["stores"])}
+        tags |= {"licence": body["licence"]} if "licence" in body else {}
         sink.tags(place.run_id, {f"fed.{key}": value for key, value in tags.items()})
         sink.resume(place.run_id)
 

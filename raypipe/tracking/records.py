@@ -72,6 +72,7 @@ class RunStarted(TypedDict):
     cluster: NotRequired[bool]  # its coordinator is on a cluster's head, not on Ray started for this run alone
     machine: NotRequired[str]  # what the coordinator computes with
     pooled: NotRequired[bool]  # trained on the stores' data in one place: the opponent, not a federation
+    licence: NotRequired[str]  # what the model's licence asks of whoever runs it
     asked: NotRequired[list[dict[str, Any]]]  # of the stores, before the first version: what, of whom, bytes
 
 
