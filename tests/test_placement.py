@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,7 @@ from raypipe.placement.settings import Settings
 from raypipe.placement.ssh import Login, explain
 from raypipe.security.certs import check_cert, load_cert, make_node, open_authority, standing, still_good, token_of
 from raypipe.security.commands import _pack
+from raypipe.security.files import read_secret, write_secret
 from raypipe.security.own import check_own
 
 NOW = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)
@@ -364,3 +366,16 @@ def test_the_doctor_says_each_thing_that_is_wrong() -> None:
     ]
     assert len(lines(HEAD, node, loopback=True)) == 8
     assert lines(node) == [*lines(HEAD, node)[:6], "cluster: its head did not answer", *lines(HEAD, node)[8:]]
+
+
+def test_of_commands_that_start_together_the_first_makes_the_token_for_all(tmp_path: Path) -> None:
+    seen = []
+
+    def start(name: str) -> None:
+        write_secret(tmp_path / "new" / "token", name.encode(), once=True)
+        seen.append(read_secret(tmp_path / "new" / "token", "token"))
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(start, map(str, range(64))))
+    assert len(set(seen)) == 1
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["token"]

@@ -26,7 +26,7 @@ from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.state import Memory
 from raypipe.errors import RunError
-from raypipe.ledger.keys import sync_folder
+from raypipe.security.files import sync_folder
 
 FOLDER = "diary"
 SCHEMA = 2  # 1 did not count records: which of them were not written cannot be known

@@ -32,9 +32,10 @@ from raypipe.ledger.entries import (
     plain,
 )
 from raypipe.ledger.heads import Head, is_cosigned, is_genuine, signed_head
-from raypipe.ledger.keys import Key, sync_folder
+from raypipe.ledger.keys import Key
 from raypipe.ledger.lines import FILE, Line, read_lines
 from raypipe.ledger.tree import Tree
+from raypipe.security.files import sync_folder
 
 
 class LedgerBusy(RunError):

@@ -6,10 +6,8 @@ under a name of its own, so that a signature given for one cannot be shown for a
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import secrets
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -28,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from raypipe.errors import ConfigError
 from raypipe.ledger.offline import is_signed, under
+from raypipe.security.files import write_secret
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 Domain: TypeAlias = Literal["update", "head", "witness"]
@@ -87,32 +86,7 @@ def load_or_make_key(path: Path) -> Key:
 
 def _make(path: Path) -> None:
     pem = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(pem)
-            file.flush()
-            os.fsync(handle)
-        # A link, unlike a rename, fails where another process was first; then its key is the one.
-        with contextlib.suppress(FileExistsError):
-            os.link(part, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise ConfigError(f"key file {path} cannot be made: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-def sync_folder(folder: Path) -> None:
-    """A new name is durable only when its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    write_secret(path, pem, once=True)
 
 
 def digest(data: Array | bytes | bytearray | memoryview, *, threads: int | None = None) -> str:

@@ -17,7 +17,8 @@ from typing import Literal, TypeAlias
 
 from raypipe.errors import ConfigError, RunError, StoreRefused, UpdateRejected
 from raypipe.ledger.entries import exact
-from raypipe.ledger.keys import Domain, fingerprint, sync_folder, verify
+from raypipe.ledger.keys import Domain, fingerprint, verify
+from raypipe.security.files import sync_folder
 
 FILE = "roster.json"
 Rule: TypeAlias = Literal["tofu", "closed"]

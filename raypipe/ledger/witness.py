@@ -19,8 +19,9 @@ from raypipe.errors import StoreError, StoreRefused
 from raypipe.ledger import heads
 from raypipe.ledger.entries import Entry, Version, exact
 from raypipe.ledger.heads import Head, cosign, head_from, is_genuine
-from raypipe.ledger.keys import Key, sync_folder
+from raypipe.ledger.keys import Key
 from raypipe.ledger.tree import verify_consistency, verify_inclusion
+from raypipe.security.files import sync_folder
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 

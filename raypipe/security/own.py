@@ -42,7 +42,7 @@ def show_local_token(*, make: bool) -> None:
     if "RAY_AUTH_MODE" in os.environ or not (make or path.exists()):
         return
     if not path.exists():
-        write_secret(path, secrets.token_hex(32).encode())
+        write_secret(path, secrets.token_hex(32).encode(), once=True)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
 
 

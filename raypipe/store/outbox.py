@@ -34,7 +34,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from raypipe.errors import StoreError, StoreSuperseded
-from raypipe.ledger.keys import sync_folder
+from raypipe.security.files import sync_folder
 from raypipe.store.messages import Report, encode, expect
 from raypipe.store.runs import LOCK_TRIES, Entry, lock, packed, run_folder, unpacked
 from raypipe.store.slots import Slot, Slots, disk_error, filled, outline, write_tensors

@@ -37,7 +37,7 @@ from raypipe.config.schema import NAME
 from raypipe.coordinator.diary import FOLDER as DIARY
 from raypipe.errors import ConfigError, RunError
 from raypipe.ledger import roster
-from raypipe.ledger.keys import sync_folder
+from raypipe.security.files import sync_folder
 from raypipe.tracking.journal import FILE, Journal
 from raypipe.tracking.lineage import History
 from raypipe.tracking.versions import FOLDER, STATE, VersionStore, read_state

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from raypipe.errors import ConfigError, RunError
 from raypipe.ledger.keys import digest
 from raypipe.models.tensors import Array, state_dict_from, vector_from
+from raypipe.security.files import sync_folder
 from raypipe.types import Layout
 
 FOLDER = "versions"
@@ -93,7 +94,7 @@ class VersionStore:
             for stale in there:
                 if stale != final:
                     stale.unlink(missing_ok=True)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         except OSError as error:
             raise RunError(f"version {version} could not be kept: {_reason(error)}") from None
         return Stored(final.name, found, num_bytes)
@@ -224,15 +225,6 @@ def _is_whole(file: Path, expected: str | None) -> bool:
     except OSError:
         return False
     return found[:DIGITS] == named and expected in (None, found)
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename is durable only when its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _reason(error: Exception) -> str:
