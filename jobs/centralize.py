@@ -100,10 +100,11 @@ def _one(config: RunConfig, lr: float, options: argparse.Namespace, stores: Path
 
 def _fit(config: dict[str, Any], run: str, stores: Path, options: argparse.Namespace) -> None:
     """In a worker of Ray Train. Raises RaypipeError as the worker did."""
-    from raypipe.placement import actor as cluster
     from raypipe.security.own import show_local_token
 
-    show_local_token(make=True)
+    show_local_token(make=True)  # before Ray is imported
+    from raypipe.placement import actor as cluster
+
     cluster.start_local([], options.cpus, 64 * 2**20)
     try:
         _train(config, run, stores, options)

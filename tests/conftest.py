@@ -20,10 +20,25 @@ ROOT = Path(__file__).resolve().parent.parent
 STORES = [f"shop-{i}" for i in range(1, 6)]
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
+LONG = ("test_nodes", "test_up", "test_chaos", "test_comeback")
+
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ["RAY_AUTH_MODE"] = "disabled"  # loopback only
 os.environ["RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT"] = "120"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two workers one has the shared cluster; any other file is one worker's, those that wait long first."""
+
+    def group(item: pytest.Item) -> tuple[int, str]:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            return 0, "cluster"
+        return (1 if item.path.stem in LONG else 2), item.path.stem
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)[1]))
+    items.sort(key=group)
 
 
 @dataclass(frozen=True)
