@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from raypipe.coordinator.policy import pace
 from raypipe.coordinator.stores import WARM_UP_S
 from raypipe.errors import ConfigError, StoreClosed, StoreRefused
 from raypipe.store.going import Going
+from raypipe.store.gpu_load import holders, load_of_others
 from raypipe.store.hours import closes, opens, parse
 from raypipe.store.messages import PROTOCOL, Card, Refusal, encode, expect
 from raypipe.store.policy import read_policy
@@ -93,6 +96,7 @@ def policy(home: Path, **said: Any) -> Any:
         ("hours: 09:00-09:00", "policy.yaml: hours '09:00-09:00' are no time at all; none means always"),
         ("hours: 7", "policy.yaml: hours are written HH:MM-HH:MM, or a list of such"),
         ("upload_bytes_a_day: 0", "policy.yaml: upload_bytes_a_day: input should be greater than or equal to 1"),
+        ("yield_gpu_load: 30", "policy.yaml: yield_gpu_load: input should be less than or equal to 1"),
         ("max_upload_bytes_s: -1", "policy.yaml: max_upload_bytes_s: input should be greater than 0"),
         ("yeld_file: busy", "policy.yaml: no key 'yeld_file'. Did you mean 'yield_file'?"),
     ],
@@ -269,6 +273,89 @@ def test_a_pause_ends_by_a_stop_and_after_closing_nothing_goes_on(tmp_path: Path
         thread.join(20)
         assert reports[number].stopped == "control"
         assert reports[number].steps == 1
+
+
+PMON = """\
+# gpu         pid   type     sm    mem    enc    dec    jpg    ofa    command
+# Idx           #    C/G      %      %      %      %      %      %    name
+    0       3485     C     62      7      -      -      -      -    python
+    0       1941   C+G      -      -      -      -      -      -    shell
+    1       1312     G     24      3      -      -      -      -    Xorg
+    1       5678     C     15      4      -      -      -      -    detect
+    2          -     -      -      -      -      -      -      -    -
+"""
+OLDER = """\
+# gpu        pid  type    sm   mem   enc   dec   command
+# Idx          #   C/G     %     %     %     %   name
+    0       3485     C    62     7     0     0   python
+"""
+
+
+def test_a_gpus_load_is_what_others_have_of_the_busiest_one() -> None:
+    assert load_of_others(PMON, lambda process: False) == 0.62
+    assert load_of_others(PMON, lambda process: process == 3485) == pytest.approx(0.39)
+    assert load_of_others(OLDER, lambda process: False) == 0.62
+    assert load_of_others(OLDER, lambda process: True) == 0.0
+    for printed in ("", "No devices were found\n", PMON + "Unable to determine\n"):
+        with pytest.raises(ValueError):  # noqa: PT011  every kind of it
+            load_of_others(printed, lambda process: False)
+
+
+def test_while_others_need_the_gpu_nothing_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what a driver prints, which is written here: of the site's own process, of one that it started, of another."""
+    shown, program = tmp_path / "shown", tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\n[ "$*" = "pmon -c 1 -s u" ] && cat {shown}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    child = subprocess.Popen(["sleep", "60"])
+    own = OLDER.replace("3485", str(os.getpid())) + f"    0 {child.pid} C 30 1 - - rank\n"
+    write_whole(shown, own)
+    case = Case(write(tmp_path / "south", yield_gpu_load=0.4))
+    reports: list[Any] = []
+    thread = threading.Thread(target=lambda: reports.append(case.train({"budget_s": 3.0, "max_epochs": None})))
+    thread.start()
+    try:
+        time.sleep(1.0)
+        assert case.site.pausing() == "", "it took its own work for another's"
+        write_whole(shown, own + "    0 1 C 45 1 - - checkout\n")
+        began = time.monotonic()
+        until(case.site.pausing, "it pauses")
+        assert time.monotonic() - began < 2
+        assert case.site.pausing() == "its owner needs the machine (GPU load)"
+        write_whole(shown, own)
+        time.sleep(1.0)
+        assert case.site.pausing(), "a checkout computes in bursts"
+        until(lambda: not case.site.pausing(), "it goes on")
+        write_whole(shown, "Failed to initialize NVML\n")
+        until(case.site.pausing, "what cannot be known is taken for a need")
+        assert "GPU load, which cannot be read" in case.site.pausing()
+        case.site.control("*", "stop")
+    finally:
+        thread.join(20)
+        child.kill()
+        child.wait()
+    assert reports[0].seconds < 3.0, "a pause counted"
+
+
+def write_whole(path: Path, text: str) -> None:
+    path.with_suffix(".part").write_text(text)
+    path.with_suffix(".part").rename(path)
+
+
+def test_who_works_on_another_run_of_the_store_is_none_of_the_others(tmp_path: Path) -> None:
+    lock = tmp_path / "state" / "run-1" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.write_text(str(os.getpid()))
+    assert holders(tmp_path) == set(), "its number is another's by now"
+    with lock.open():
+        assert holders(tmp_path) == {os.getpid()}
+
+
+def test_a_machine_that_cannot_tell_its_gpus_load_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="^yield_gpu_load: there is no nvidia-smi on this machine"):
+        Site(write(tmp_path / "south", yield_gpu_load=0.5))
 
 
 # -- the coordinator ----------------------------------------------------------------------------------------

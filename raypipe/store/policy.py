@@ -16,6 +16,7 @@
     upload_bytes_a_day: 500000000   # then it is closed until 00:00 UTC; see terms.py for this and the next two
     max_upload_bytes_s: 250000
     yield_file: busy           # while this file is there training pauses; relative to this file, or absolute
+    yield_gpu_load: 0.3        # or while others have so much of a GPU's time, see gpu_load.py
 
 Messages name keys and what is asked for, never a folder: they may leave the store.
 """
@@ -93,6 +94,7 @@ class Policy(BaseModel):
     upload_bytes_a_day: Count | None = None
     max_upload_bytes_s: Positive | None = None
     yield_file: Path | None = None
+    yield_gpu_load: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @property
     def tickets_a_day(self) -> int | None:

@@ -5,6 +5,7 @@ upload_bytes_a_day   updates and measured sums as they are encoded, each time th
 max_upload_bytes_s   the next one is handed over when the last could have gone at this rate; a store behind Ray
                      sends it in pieces at this rate, see actor.py
 yield_file           while it is there nothing is computed; looked for between batches
+yield_gpu_load       the same while others have so much of a GPU's time, 0 to 1, and for some seconds after
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from raypipe.errors import StoreClosed, StoreRefused
 from raypipe.store.budget import Budget
+from raypipe.store.gpu_load import GpuWatch
 from raypipe.store.hours import closes, opens
 from raypipe.store.policy import Policy
 
@@ -45,11 +47,12 @@ class Terms:
         wall: Callable[[], float],
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Raises ConfigError when what was spent today cannot be read."""
+        """Raises ConfigError when what was spent today cannot be read, or the GPU's load cannot be told."""
         self._policy, self._wall, self._sleep = policy, wall, sleep
         rate, counts = policy.max_upload_bytes_s, policy.upload_bytes_a_day is not None
         self._pacer = None if rate is None else Pacer(rate)
         self._budget = Budget(home / FILE, policy, wall, "store") if counts else None
+        self._gpu = None if policy.yield_gpu_load is None else GpuWatch(home, policy.yield_gpu_load)
 
     def begin(self, upload_bytes: int = 0) -> float | None:
         """Before any work whose result has so many bytes. How many seconds are left of today's hours, None: no end.
@@ -83,7 +86,9 @@ class Terms:
     def taken(self) -> str:
         """Why nothing may be computed at this moment; empty when it may."""
         file = self._policy.yield_file
-        return "its owner needs the machine (yield file)" if file is not None and file.exists() else ""
+        if file is not None and file.exists():
+            return "its owner needs the machine (yield file)"
+        return "" if self._gpu is None else self._gpu.why()
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._wall())  # local, as hours without a zone are
