@@ -78,7 +78,11 @@ def environment(settings: Settings, tls: str = TLS) -> dict[str, str]:
 
 
 def start_command(settings: Settings, *, head: bool, address: str | None) -> str:
-    """One line for a machine's shell. It ends nothing: a machine may run other Rays."""
+    """One line for a machine's shell. It ends nothing: a machine may run other Rays.
+
+    A bash that finds SSH_CLIENT reads ~/.bashrc. Each of Ray's workers begins as one, and would put what that file
+    has for a PATH (conda, pyenv) before ours.
+    """
     exports = " ".join(f"{key}={value}" for key, value in environment(settings).items())
     often = f"AUTOSCALER_UPDATE_INTERVAL_S={LOOK_S} " if head else ""
     ports = {**(HEAD_PORTS if head else {}), **NODE_PORTS}
@@ -90,7 +94,8 @@ def start_command(settings: Settings, *, head: bool, address: str | None) -> str
         flags.append("--autoscaling-config=~/ray_bootstrap_config.yaml")
     else:
         flags.append("--address=$RAY_HEAD_IP:6379")
-    return f"ulimit -n 65536 2>/dev/null; export {often}{exports}; ray start {' '.join(flags)}"
+    before = f"ulimit -n 65536 2>/dev/null; unset SSH_CLIENT SSH2_CLIENT; export {often}{exports}"
+    return f"{before}; ray start {' '.join(flags)}"
 
 
 def stores_config(machines: Sequence[Machine], settings: Settings) -> dict[str, Any]:
