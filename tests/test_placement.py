@@ -281,6 +281,25 @@ def test_a_closed_store_is_not_started(tmp_path: Path, monkeypatch: pytest.Monke
     assert provider.is_running(first)
 
 
+def test_a_machine_is_woken_by_its_own_command_and_nobody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RAYPIPE_HOME", str(tmp_path))
+    rows = [f"a,h,0,,,sleep 0.3; touch {tmp_path}/awake", "b,g,0,,,exit 3"]
+    types = stores_config(read_machines(written(tmp_path, *rows, header=f"{HEADER},wake")), SETTINGS)
+    provider = StoreProvider({"ssh_user": "x", "head_host": "h"}, "c")
+    for store in ("a", "b"):
+        tags = {"ray-node-type": "worker", "ray-user-node-type": store}
+        provider.create_node(types["available_node_types"][store]["node_config"], tags, 1)
+    assert not (tmp_path / "awake").exists()
+    assert len(provider.non_terminated_nodes({})) == 2
+    until = time.monotonic() + 10
+    while not (tmp_path / "awake").exists() or not caplog.messages:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert caplog.messages == ["b: `exit 3` failed with code 3"]
+
+
 def test_stopping_a_node_ends_its_processes_and_their_children_and_no_others(tmp_path: Path) -> None:
     def start(node: str) -> subprocess.Popen[bytes]:
         script = "env -i sleep 60 & exec sleep 60"  # the child has put its environment away

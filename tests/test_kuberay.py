@@ -1,0 +1,131 @@
+"""cluster/kuberay.yaml against KubeRay's published CRDs (helm-chart/kuberay-operator/crds, RayCluster of 017710c, RayJob
+of 037e91b): the fields that it uses, as they are typed there. What a CRD does not name, Kubernetes takes away unsaid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+TEXTS = {"*": str}  # any name
+MOUNTS = [{"name": str, "mountPath": str, "readOnly": bool, "subPath": str}]
+ENV = [{"name": str, "value": str, "valueFrom": {"fieldRef": {"fieldPath": str, "apiVersion": str}}}]
+CONTAINER = {
+    "name": str,
+    "image": str,
+    "command": [str],
+    "args": [str],
+    "env": ENV,
+    "resources": {"limits": {"*": (int, str)}, "requests": {"*": (int, str)}},
+    "volumeMounts": MOUNTS,
+}
+VOLUME = {
+    "name": str,
+    "emptyDir": {"medium": str, "sizeLimit": (int, str)},
+    "secret": {"secretName": str, "defaultMode": int, "optional": bool},
+    "hostPath": {"path": str, "type": str},
+}
+POD = {
+    "initContainers": [CONTAINER],
+    "containers": [CONTAINER],
+    "volumes": [VOLUME],
+    "securityContext": {"fsGroup": int, "runAsUser": int, "runAsNonRoot": bool},
+    "nodeSelector": TEXTS,
+    "restartPolicy": str,
+}
+TEMPLATE = {"metadata": {"labels": TEXTS, "annotations": TEXTS, "name": str}, "spec": POD}
+CLUSTER = {
+    "rayVersion": str,
+    "authOptions": {"mode": ("disabled", "token")},
+    "enableInTreeAutoscaling": bool,
+    "autoscalerOptions": {
+        "env": ENV,
+        "idleTimeoutSeconds": int,
+        "image": str,
+        "upscalingMode": ("Default", "Aggressive", "Conservative"),
+        "version": ("v1", "v2"),
+        "volumeMounts": MOUNTS,
+    },
+    "headGroupSpec": {"rayStartParams": TEXTS, "template": TEMPLATE},
+    "workerGroupSpecs": [
+        {
+            "groupName": str,
+            "idleTimeoutSeconds": int,
+            "labels": TEXTS,
+            "maxReplicas": int,
+            "minReplicas": int,
+            "numOfHosts": int,
+            "rayStartParams": TEXTS,
+            "replicas": int,
+            "resources": TEXTS,
+            "template": TEMPLATE,
+        }
+    ],
+}
+JOB = {
+    "clusterSelector": TEXTS,
+    "entrypoint": str,
+    "entrypointNumCpus": (int, float),
+    "shutdownAfterJobFinishes": bool,
+}
+HEAD = {"apiVersion": ("ray.io/v1",), "kind": str, "metadata": {"name": str, "namespace": str, "labels": TEXTS}}
+KINDS = {"RayCluster": {**HEAD, "spec": CLUSTER}, "RayJob": {**HEAD, "spec": JOB}}
+
+
+def misfits(said: Any, shape: Any, at: str) -> Iterator[str]:
+    """Fields that are not there, or of another kind."""
+    if isinstance(shape, dict) and isinstance(said, dict):
+        for key, value in said.items():
+            if key in shape or "*" in shape:
+                yield from misfits(value, shape.get(key, shape.get("*")), f"{at}.{key}")
+            else:
+                yield f"{at}: no field {key}"
+    elif isinstance(shape, list) and isinstance(said, list):
+        for number, one in enumerate(said):
+            yield from misfits(one, shape[0], f"{at}[{number}]")
+    elif isinstance(shape, tuple) and isinstance(shape[0], str):
+        if said not in shape:
+            yield f"{at}: {said!r} is none of {shape}"
+    elif isinstance(shape, dict | list) or not isinstance(said, shape) or (isinstance(said, bool) and shape is not bool):
+        yield f"{at}: a {type(said).__name__}"
+
+
+def objects() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((ROOT / "cluster" / "kuberay.yaml").read_text()))
+
+
+def test_every_field_is_one_of_the_published_crds() -> None:
+    made = objects()
+    assert [one["kind"] for one in made] == ["RayCluster", "RayJob"]
+    assert [line for one in made for line in misfits(one, KINDS[one["kind"]], one["kind"])] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda spec: spec.update(rayVersions="2"), "RayCluster.spec: no field rayVersions"),
+        (lambda spec: spec["authOptions"].update(mode="on"), "RayCluster.spec.authOptions.mode: 'on' is none of"),
+        (lambda spec: spec["workerGroupSpecs"][0].update(replicas="0"), "RayCluster.spec.workerGroupSpecs[0].replicas: a"),
+        (lambda spec: spec["headGroupSpec"]["rayStartParams"].update(x=1), "RayCluster.spec.headGroupSpec.rayStartPar"),
+    ],
+)
+def test_a_field_that_is_not_is_found(change: Any, line: str) -> None:
+    cluster = objects()[0]
+    change(cluster["spec"])
+    (found,) = misfits(cluster, KINDS["RayCluster"], "RayCluster")
+    assert found.startswith(line)
+
+
+def test_what_each_container_mounts_is_a_volume_of_its_pod_and_jobs_find_their_cluster() -> None:
+    cluster, job = objects()
+    spec = cluster["spec"]
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        there = {volume["name"] for volume in pod["volumes"]}
+        mounted = {m["name"] for c in [*pod["initContainers"], *pod["containers"]] for m in c["volumeMounts"]}
+        assert mounted == there
+    assert job["spec"]["clusterSelector"]["ray.io/cluster"] == cluster["metadata"]["name"]
