@@ -152,7 +152,8 @@ def test_a_run_of_which_no_store_comes_ends_when_each_had_its_chance() -> None:
     for at in (20.0, 40.0):
         chances += asked(m.handle(ev.Tick(at)))
     assert sorted(chances) == ["s0", "s1", "s2"]
-    assert m.handle(ev.Tick(60.0))[-1] == do.Finish("no quorum after 60 s", 0, failed=True)
+    reason = "no quorum after 60 s: 0 of 3 stores are there, 1 have to be"
+    assert m.handle(ev.Tick(60.0))[-1] == do.Finish(reason, 0, failed=True)
 
 
 def test_a_store_that_is_set_aside_or_taken_out_gives_its_place_to_another() -> None:

@@ -29,8 +29,11 @@ def reason_to_end(run: Run, at: float) -> str:
     """Why it should end now, in words for its user; empty: it goes on."""
     policy = run.policy
     if run.started_at is None:
-        late = at >= run.created_at + run.patience_s
-        return f"no quorum after {run.patience_s:.0f} s" if late else ""
+        if at < run.created_at + run.patience_s:
+            return ""
+        there = sum(m.present and not m.aside for m in run.members.values())
+        came = f"{there} of {len(run.members)} stores are there, {policy.quorum} have to be"
+        return f"no quorum after {run.patience_s:.0f} s: {came}"
     if policy.max_versions is not None and run.version >= policy.max_versions:
         return f"{run.version} versions"
     limit = math.inf if policy.max_seconds is None else run.started_at + policy.max_seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import re
 import shutil
 import socket
 import sys
@@ -29,6 +30,7 @@ NAMESPACE = "raypipe"
 KNOCK_S = 5.0
 PORTS = 20  # of Ray's own processes on one machine, and some to spare
 STOP_S = 10.0  # for a coordinator to end by itself
+VERSIONS = re.compile(r"^\s+(Ray|Python): (\S+)$", re.MULTILINE)  # in Ray's lines: the cluster's, then this process's
 LOOPBACK = "127.0.0.2"  # 127.0.0.1 is rewritten by Ray to the machine's own address, which others could reach
 
 
@@ -82,6 +84,9 @@ def connect(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE)
     except (OSError, RuntimeError, ValueError, ConnectionError) as error:
+        if versions := VERSIONS.findall(str(error)):
+            there, here = (" and ".join(map(" ".join, side)) for side in (versions[:2], versions[2:]))
+            raise RunError(f"the cluster at {address} has {there}, here is {here}: they have to be alike") from None
         hint = "is it running, and are RAY_AUTH_MODE and its token set as on the head?"
         raise RunError(f"no Ray cluster at {address}: {_line(error)} ({hint})") from None
 

@@ -134,7 +134,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], next_command: str
             f"moved: {megabytes(board['bytes_total'])} both ways; pooling the images moves {megabytes(pooled)} once"
         )
     lines += [f"record: {summary['folder']}", *_tracked(summary["mlflow"])]
-    lines += [f"ended: {summary['reason']}", f"next: {next_command}"]
+    lines += [f"ended: {summary['reason']}", *([f"next: {next_command}"] if summary["versions"] else [])]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
