@@ -354,7 +354,7 @@ def test_who_works_on_another_run_of_the_store_is_none_of_the_others(tmp_path: P
 
 def test_a_machine_that_cannot_tell_its_gpus_load_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="^yield_gpu_load: there is no nvidia-smi on this machine"):
+    with pytest.raises(ConfigError, match=r"^yield_gpu_load: there is no nvidia-smi on this machine"):
         Site(write(tmp_path / "south", yield_gpu_load=0.5))
 
 

@@ -42,7 +42,7 @@ def load_of_others(printed: str, ours: Callable[[int], bool]) -> float:
             raise ValueError(line.strip())
         if row["pid"] != "-" and row["sm"] != "-" and not ours(int(row["pid"])):
             shares[row["gpu"]] += float(row["sm"]) / 100
-    if not NEEDED <= set(columns):
+    if not set(columns) >= NEEDED:
         raise ValueError("no table")
     return max(shares.values(), default=0.0)
 
