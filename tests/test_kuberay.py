@@ -1,5 +1,6 @@
-"""cluster/kuberay.yaml against KubeRay's published CRDs (helm-chart/kuberay-operator/crds, RayCluster of 017710c, RayJob
-of 037e91b): the fields that it uses, as they are typed there. What a CRD does not name, Kubernetes takes away unsaid.
+"""cluster/kuberay.yaml against KubeRay's published CRDs (helm-chart/kuberay-operator/crds, RayCluster of 017710c,
+RayJob of 037e91b): the fields that it uses, as they are typed there. What a CRD does not name, Kubernetes takes away
+unsaid.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ def misfits(said: Any, shape: Any, at: str) -> Iterator[str]:
     elif isinstance(shape, tuple) and isinstance(shape[0], str):
         if said not in shape:
             yield f"{at}: {said!r} is none of {shape}"
-    elif isinstance(shape, dict | list) or not isinstance(said, shape) or (isinstance(said, bool) and shape is not bool):
+    elif (
+        isinstance(shape, dict | list) or not isinstance(said, shape) or (isinstance(said, bool) and shape is not bool)
+    ):
         yield f"{at}: a {type(said).__name__}"
 
 
@@ -109,7 +112,10 @@ def test_every_field_is_one_of_the_published_crds() -> None:
     [
         (lambda spec: spec.update(rayVersions="2"), "RayCluster.spec: no field rayVersions"),
         (lambda spec: spec["authOptions"].update(mode="on"), "RayCluster.spec.authOptions.mode: 'on' is none of"),
-        (lambda spec: spec["workerGroupSpecs"][0].update(replicas="0"), "RayCluster.spec.workerGroupSpecs[0].replicas: a"),
+        (
+            lambda spec: spec["workerGroupSpecs"][0].update(replicas="0"),
+            "RayCluster.spec.workerGroupSpecs[0].replicas",
+        ),
         (lambda spec: spec["headGroupSpec"]["rayStartParams"].update(x=1), "RayCluster.spec.headGroupSpec.rayStartPar"),
     ],
 )
