@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -31,13 +32,15 @@ from raypipe.tracking.console import Screen
 
 LOOK_S = 0.3  # between two looks at how it goes
 HEAD_S = 60.0  # for a head that has just begun to know itself
+REST_S = 1.5  # Ray kills a job three seconds after it was to end
 GIVE_UP_S = 90.0  # after a second Ctrl-C, or when the coordinator does not answer
 
 
 def federate(
     config: RunConfig, address: str | None, screen: Screen, resume: str | None = None, *, insecure: bool = False
 ) -> dict[str, Any]:
-    """A whole run; its summary. Ctrl-C (or `ray job stop`) ends it cleanly: what was published is kept.
+    """A whole run; its summary. Ctrl-C ends it cleanly: what was published is kept. SIGTERM (`ray job stop`) leaves it
+    to be resumed, within the three seconds that Ray gives a job.
 
     Raises RaypipeError. `address`: a Ray address; None: RAY_ADDRESS if set, else this machine alone. `resume`: the id
     of a run to be taken up. `insecure`: a cluster that lets strangers in will do.
@@ -231,7 +234,7 @@ def _watch(config: RunConfig, run: str, home: str | None, screen: Screen, *, aga
     import ray
 
     actor = begin(config, run, home, _mlflow(), again=again)
-    stop = _StopKey(lambda: actor.stop.remote("stopped by hand"))
+    stop = _StopKey(run, lambda: actor.stop.remote("stopped by hand"), lambda: _rest(actor))
     try:
         with stop:
             return watch(actor, lambda state: screen.update(state["phase"], state["board"]), stop.check)
@@ -245,12 +248,19 @@ def _watch(config: RunConfig, run: str, home: str | None, screen: Screen, *, aga
         ) from None
 
 
-class _StopKey:
-    """The first Ctrl-C or SIGTERM asks for a clean end, a second one ends at once."""
+def _rest(actor: Any) -> None:
+    import ray
 
-    def __init__(self, ask: Any) -> None:
-        self._ask, self._asked_at = ask, 0.0
-        self._pressed = 0
+    with suppress(ray.exceptions.RayError, TimeoutError):
+        ray.get(actor.rest.remote(), timeout=REST_S)
+
+
+class _StopKey:
+    """The first Ctrl-C asks for a clean end, a second one ends at once; SIGTERM lets the run rest."""
+
+    def __init__(self, run: str, ask: Callable[[], Any], rest: Callable[[], Any]) -> None:
+        self._run, self._ask, self._rest, self._asked_at = run, ask, rest, 0.0
+        self._pressed, self._terminated = 0, False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _StopKey:
@@ -263,10 +273,16 @@ class _StopKey:
             signal.signal(number, handler)
 
     def _press(self, number: int, frame: FrameType | None) -> None:
-        self._pressed += 1
+        if number == signal.SIGTERM:
+            self._terminated = True
+        else:
+            self._pressed += 1
 
     def check(self) -> None:
-        """In the main loop. Raises RunError when the end takes too long or is asked for twice."""
+        """In the main loop. Raises RunError for a rest, or when the end takes too long or is asked for twice."""
+        if self._terminated:
+            self._rest()
+            raise RunError(f"stopped for now; it goes on with: raypipe train --resume {self._run}")
         if self._pressed and not self._asked_at:
             self._asked_at = time.monotonic()
             self._ask()

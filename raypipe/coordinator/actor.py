@@ -60,6 +60,7 @@ class Coordinator:
         self._summary: dict[str, Any] | None = None
         self._stop_reason = ""
         self._stopped = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
 
     async def work(self) -> dict[str, Any]:
         """The whole run; its summary. Raises RunError when it cannot begin or go on."""
@@ -110,6 +111,15 @@ class Coordinator:
         if self._composition is not None:
             shell = self._composition.shell
             shell.inbox.put_nowait(ev.StopAsked(reason, shell.clock()))
+
+    async def rest(self) -> None:
+        """End all work at once, and nothing else: the run is as if this process had died, but no store waits for it."""
+        if self._running is not None:
+            self._running.cancel()
+        for task in self._keeping.values():
+            task.cancel()
+        if self._composition is not None:
+            self._end_stores(self._composition.shell)
 
     async def join(self, store: dict[str, Any]) -> None:
         """Take a store into the running federation."""
@@ -168,7 +178,7 @@ class Coordinator:
 
     async def _race(self, main: Coroutine[Any, Any, None], *others: asyncio.Task[None]) -> None:
         """Run `main`; an error of another task that should never end is the run's."""
-        running = asyncio.create_task(main)
+        running = self._running = asyncio.create_task(main)
         while not running.done():
             watched = {running, *others, *(task for task in self._keeping.values() if not task.done())}
             done, _ = await asyncio.wait(watched, timeout=5, return_when=asyncio.FIRST_COMPLETED)
