@@ -168,13 +168,15 @@ def _resume(options: argparse.Namespace, console: Console) -> int:
 
 def _ask(options: argparse.Namespace, console: Console) -> int:
     from raypipe.launch import ask
+    from raypipe.tracking.book import run_folder
 
+    run = run_folder("last").name if options.which == "last" else options.which
     what: tuple[object, ...] = ("stopped by hand",)
     if options.verb == "leave":
         what = (options.store,)
     elif options.verb == "join":
         what = ({"id": options.store, "cpus": options.cpus, "gpus": options.gpus},)
-    ask(options.which, options.address, options.verb, *what)
+    ask(run, options.address, options.verb, *what)
     return 0
 
 

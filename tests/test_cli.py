@@ -49,6 +49,7 @@ def test_all_mistakes_are_shown_together_with_exit_code_2(tmp_path: Path) -> Non
         (("predict", "models:/nope@champion", "a.png"), "nope"),
         (("rollback", "nope"), "nope"),
         (("track", "nope"), "no run named 'nope'"),
+        (("stop", "last"), "no run named 'last'"),
         (("ledger", "verify", "nope"), "no run named 'nope'"),
         (("ledger", "revoke", "nope"), "store nope has no key"),
         (("evidence", "nope"), "no run named 'nope'"),
