@@ -286,7 +286,7 @@ def sleepy(num_outputs: int, channels: int, image_size: int, *, seconds: float) 
 def write_sleepy(folder: Path) -> None:
     """An installed package with a model of its own, as a user would bring one; `folder` goes on the Python path."""
     info = folder / "bench_sleepy-1.dist-info"
-    info.mkdir(parents=True)
+    info.mkdir(parents=True, exist_ok=True)
     (folder / "bench_sleepy.py").write_text(SLEEPY)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bench-sleepy\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[raypipe.model]\nsleepy = bench_sleepy:sleepy\n")
