@@ -1,5 +1,6 @@
 """A head and five stores, each a machine, token and TLS on: one is cut off while it trains, one hangs on a thin line,
-a stranger with a certificate of his own tries every door. Five minutes: `pytest -m long tests/test_links.py`.
+a stranger with a certificate of his own tries every door, and so does one with ours, without the token. Five minutes:
+`pytest -m long tests/test_links.py`.
 
 The thin line is 5 Mbit/s by a token bucket, its queue up to 300 ms long. Loss and delay need netem, which not every
 kernel has: where it is there, they are on.
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -38,10 +40,27 @@ THIN_LINE = (
     "tbf rate 5mbit burst 32kbit latency 300ms",
 )
 KNOCK = """
-import json, socket, ssl, sys
+import json, os, socket, ssl, sys
+os.environ["GRPC_VERBOSITY"] = "NONE"
+import grpc
+from pathlib import Path
+from raypipe.doctor.actor import HARMLESS
+
+def call(address, own):
+    parts = [Path(own, file).read_bytes() for file in ("ca.crt", "node.key", "node.crt")]
+    codes = []
+    with grpc.secure_channel(address, grpc.ssl_channel_credentials(*parts)) as channel:
+        for method in HARMLESS:
+            try:
+                channel.unary_unary(method)(b"", timeout=3)
+                codes.append("OK")
+            except grpc.RpcError as error:
+                codes.append(error.code().name)
+    return codes
+
 found = {}
-for address, port, trust in json.loads(sys.argv[1]):
-    said = {}
+for address, port, trust, own in json.loads(sys.argv[1]):
+    said = {"no token": call(f"{address}:{port}", own)}
     for way in ("plain", "nobody", "stranger"):
         try:
             link = socket.create_connection((address, port), 3)
@@ -173,12 +192,18 @@ def test_a_stranger_with_a_certificate_of_his_own_is_let_in_nowhere(site: Locked
         ports = {
             int(where.rpartition(":")[2]) for where in (line.split()[3] for line in lines) if "127.0.0.1" not in where
         }
-        doors += [(machine.ip, port, str(site.folder / "strange" / machine.ip)) for port in sorted(ports)]
+        keys = [str(site.folder / whose / site.stores["west"].ip) for whose in ("strange", "certs")]
+        doors += [(machine.ip, port, *keys) for port in sorted(ports)]
     stranger = site.stores["west"]
     command = ["nsenter", "-t", str(stranger.net.pid), "-n", sys.executable, "-c", KNOCK, json.dumps(doors)]
-    found = json.loads(subprocess.check_output(command, text=True))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = json.loads(subprocess.check_output(command, text=True, env=env))
     for door, said in found.items():
         print(door, {way: answer for way, answer in said.items() if answer} or "nothing")
     assert len(found) >= 8
     assert not any(said["stranger"] or said["nobody"] for said in found.values()), "TLS without our certificate"
+    codes = {code for said in found.values() for code in said["no token"]}
+    assert codes <= {"UNAUTHENTICATED", "UNIMPLEMENTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"}, "a call was done"
+    refused = [door for door, said in found.items() if "UNAUTHENTICATED" in said["no token"]]
+    assert len(refused) >= 6, "with our certificate it was the token that was missing"
     assert {said["plain"] for said in found.values()} <= {"", "HTTP/1.1 401 Unauthorized", "HTTP/1.0 200 OK metrics"}
