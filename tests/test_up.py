@@ -118,19 +118,15 @@ def test_stores_come_when_it_is_their_turn_go_when_idle_and_come_again(hosts: ne
         policy.write(f"max_upload_bytes_s: {SLOW_BYTES_S}\n")  # its turn outlasts the other's idle time
     on(hosts, "harbour", "RAY_CLOUD_INSTANCE_ID=anothers nohup sleep 600 >/dev/null 2>&1 &")
     cluster = str(hosts.folder / "stores.yaml")
-    T0 = time.time()
     try:
         try:
             ray("up", "-y", "--no-config-cache", cluster)
         except AssertionError:  # Ray gives a node half a minute to start, which a busy machine may not have
             ray("up", "-y", "--no-config-cache", cluster)
         assert nodes(hosts) == {}
-        print("TIME up", time.time() - T0)
         _take_turns(hosts, cluster)
     finally:
-        print("TIME turns", time.time() - T0)
         ray("down", "-y", cluster)
-        print("TIME down", time.time() - T0)
     for host in hosts.hosts:
         assert "ray" not in on(hosts, host, "cat /proc/[0-9]*/comm | grep -E '^(raylet|gcs_server|ray::.*)$'")
     assert on(hosts, "harbour", "grep -lz RAY_CLOUD_INSTANCE_ID=anothers /proc/[0-9]*/environ | wc -l").strip() != "0"
