@@ -52,13 +52,13 @@ class NoisyClient(StoreClient):
             file.write(f"{self.store.id}: {what}\n")
 
     async def train(
-        self, ticket: msg.Ticket, plan: bytes, weights: Any, how: list[msg.Part] | None = None
+        self, ticket: msg.Ticket, plan: bytes, weights: Any, how: list[msg.Part] | None = None, correction: Any = None
     ) -> msg.Report:
         if self._now("garbage for a ticket"):
             await self._garbage(plan, weights)
-        report = await super().train(ticket, plan, weights, how)
+        report = await super().train(ticket, plan, weights, how, correction)
         if ticket.judge is None and self._now("ticket sent twice"):
-            again = await super().train(ticket, plan, weights, how)
+            again = await super().train(ticket, plan, weights, how, correction)
             if replace(again, cosignature=None) != replace(report, cosignature=None):
                 self._wrong(f"ticket {ticket.id} was sent twice and answered in two ways")
         if self._now("answer corrupted", SHARE / 4):

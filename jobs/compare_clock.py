@@ -12,11 +12,12 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from raypipe.aggregation.variates import Learned, Sent
 from raypipe.compose import initial_model, new_machine
 from raypipe.config.schema import RunConfig
 from raypipe.coordinator import actions as do
@@ -24,6 +25,7 @@ from raypipe.coordinator import events as ev
 from raypipe.errors import StoreError
 from raypipe.models.flat import FlatModel
 from raypipe.store.batches import Images, batches_per_epoch
+from raypipe.store.correct import correct
 from raypipe.store.optimizers import optimizers
 from raypipe.store.policy import Limits
 from raypipe.store.schedules import schedules
@@ -86,6 +88,7 @@ class Clockwork:
         self._heap: list[tuple[float, int, ev.Event]] = []
         self._order = itertools.count()
         self._updates: dict[str, Array] = {}
+        self._learned: dict[str, Learned] = {}
         self._sent: set[tuple[int, str]] = set()
         self._judged = -1  # the version that the last look was at
 
@@ -132,7 +135,8 @@ class Clockwork:
                 self.up += update.nbytes
                 self._later(ev.UpdateArrived(action.ticket, update.nbytes, at + update.nbytes / UP))
             case do.Fold(portions=portions):
-                refused = self.sum.fold([(self._updates.pop(p.ticket), p.weight, p.steps) for p in portions])
+                learned = [self._variate_of(portion) for portion in portions]
+                refused = self.sum.fold([(self._updates.pop(p.ticket), p.weight, p.steps) for p in portions], learned)
                 bad = tuple((portions[index].ticket, reason) for index, reason in refused.items())
                 good = tuple(p.ticket for index, p in enumerate(portions) if index not in refused)
                 self._later(ev.Folded(good, bad, at))
@@ -148,17 +152,29 @@ class Clockwork:
                 raise RuntimeError(f"store {store} was taken for hung at {at:.1f} s: {action.reason}")
             case do.Settle(ticket=ticket):
                 self._updates.pop(ticket, None)
+                self._learned.pop(ticket, None)
             case do.Cancel() | do.Record() | do.Finish():
                 pass
+
+    def _variate_of(self, portion: do.Portion) -> Learned | None:
+        learned = self._learned.pop(portion.ticket, None)
+        return None if learned is None else replace(learned, worth=portion.worth)
+
+    def _goes_down(self, num_bytes: int) -> float:
+        """Seconds."""
+        self.down += num_bytes
+        return num_bytes / DOWN
 
     def _train(self, action: do.Train, at: float) -> None:
         """The work is done now, since nothing that happens later changes it; it is heard of when its time is over."""
         ready = at
         if (action.version, action.store) not in self._sent:
             self._sent.add((action.version, action.store))
-            num_bytes = 4 * self.sum.layout.size
-            self.down += num_bytes
-            ready += num_bytes / DOWN
+            ready += self._goes_down(4 * self.sum.layout.size)
+        sent = self.sum.variates.sent(action.store) if self.sum.variates is not None else Sent(action.store)
+        correction = sent.correction()
+        if correction is not None:
+            ready += self._goes_down(correction.nbytes)
         step_s = STEP_S * self.stores.slowness[action.store]
         most = [n for n in (self.said.train.local_steps, action.max_steps) if n is not None]
         if action.budget_s is not None:
@@ -171,7 +187,7 @@ class Clockwork:
         limits = Limits(self.said.train.batch_size, min(most, default=None), epochs, None, 0.0)
         images = self.stores.images[action.store]
         try:
-            outcome = teach(self.said, self.model, self.task, images, limits, seed, action.progress)
+            outcome = teach(self.said, self.model, self.task, images, limits, seed, action.progress, correction)
         except StoreError as error:  # a loss that is not finite
             self._later(ev.TrainingFailed(action.ticket, error.message, ready + step_s))
             return
@@ -183,16 +199,21 @@ class Clockwork:
             self._later(ev.TrainingFailed(action.ticket, "the update is not finite", done))
             return
         self._updates[action.ticket] = update
+        if self.sum.variates is not None:
+            progress = action.progress[0]
+            self._learned[action.ticket] = Learned(sent, outcome.steps, progress, 1.0, action.version)
         counts = (outcome.steps, outcome.examples, images.num)
         self._later(ev.Trained(action.ticket, *counts, outcome.steps * step_s, outcome.loss, done))
 
 
 def teach(
     said: RunConfig, model: FlatModel, task: Task, images: Images, limits: Limits, seed: int,
-    progress: tuple[float, float] = (0.0, 1.0), optimizer: Any = None,
+    progress: tuple[float, float] = (0.0, 1.0), correction: Array | None = None, optimizer: Any = None,
 ) -> Outcome:  # fmt: skip
     """The store's own trainer on the model as it is loaded. `optimizer`: one to go on with."""
     optimizer = optimizer or optimizers.build(said.train.optimizer)(model.trained)
+    if correction is not None:
+        correct(optimizer, model, correction, said.train.optimizer, kept=said.train.keep_optimizer)
     work = Work(seed, said.train.lr, schedules.build(said.train.schedule), progress, limits)
     return train(model, task, images, optimizer, work, Control(), time.monotonic)
 

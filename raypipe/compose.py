@@ -33,7 +33,9 @@ from raypipe.models import licence_of
 from raypipe.placement.homes import raypipe_home
 from raypipe.run import initial_of, policy_of
 from raypipe.store.code import code_hash
+from raypipe.store.correct import reach
 from raypipe.store.messages import Plan
+from raypipe.store.schedules import schedules
 from raypipe.tasks import tasks
 from raypipe.tracking.book import RunBook
 from raypipe.tracking.journal import FILE
@@ -155,8 +157,23 @@ def initial_model(said: RunConfig) -> GlobalModel:
     from raypipe.aggregation.transforms import transforms
 
     layout, vector = initial_of(said, tasks.build(said.task))
-    transform, normalise = transforms.build(said.server), said.pacing.normalise
-    return GlobalModel(layout, vector, transform, how=said.update, normalise=normalise, threads=threads_of(said))
+    more: dict[str, Any] = {"how": said.update, "normalise": said.pacing.normalise, "threads": threads_of(said)}
+    return GlobalModel(layout, vector, transforms.build(said.server), reach=reach_of(said), **more)
+
+
+def reach_of(said: RunConfig) -> Callable[[int, float], float] | None:
+    """How far a ticket's steps go, by their number and the run's progress; None without control variates.
+
+    A ticket's progress is that of its beginning throughout, and so is its learning rate.
+    """
+    if not said.train.control_variates:
+        return None
+    train, schedule = said.train, schedules.build(said.train.schedule)
+
+    def reached(steps: int, progress: float) -> float:
+        return train.lr * schedule(progress) * reach(train.optimizer, steps, kept=train.keep_optimizer)
+
+    return reached
 
 
 def threads_of(said: RunConfig) -> int | None:
@@ -268,9 +285,10 @@ def _take_up(past: _Past, machine: Coordinator, diary: Diary, book: RunBook, mod
     def intact(version: int) -> bool:
         vector = book.versions.recover(version, model.layout, past.versions[version]["hash"])
         state = read_state(book.folder, version) if model.state else {}
-        if vector is None or state is None:
+        variates = book.variates.read(version) if model.variates is not None else None
+        if vector is None or state is None or (variates is None and model.variates is not None):
             return False
-        model.restore(vector, state)
+        model.restore(vector, state, variates)
         return True
 
     newest = max(past.versions)

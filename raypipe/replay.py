@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from raypipe.aggregation.variates import Learned, Sent, Variates
 from raypipe.compose import initial_model, machine, plan_of
 from raypipe.config.schema import RunConfig
 from raypipe.errors import ConfigError, RunError, StoreError
@@ -61,6 +62,7 @@ class Point:
     uses: int = 0
     vector: Array | None = None
     state: dict[str, Array] = field(default_factory=dict)
+    variates: Variates | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,16 +150,17 @@ class Replay:
             elif record.kind == "version_withdrawn":
                 point = self._point(self._needs.back[record.seq])
                 assert point.vector is not None
-                self._model.restore(point.vector, point.state)
+                self._model.restore(point.vector, point.state, point.variates)
 
     def _make(self, record: Record) -> Made:
         body, hints = record.body, list[str]()
         for part in body["contributions"]:
-            update = encode_chain(self._said.update, self._trained(record.seq, part, hints))
+            trained, learned = self._trained(record.seq, part, hints)
+            update = encode_chain(self._said.update, trained)
             if part.get("digest") not in (None, "", digest(update)):
                 hints.append(f"{_name(part)} is not the one that the store signed")
             steps = part["steps"] if self._by_steps else None
-            for reason in self._model.fold([(update, part["weight"], steps)]).values():
+            for reason in self._model.fold([(update, part["weight"], steps)], [learned]).values():
                 hints.append(f"{_name(part)} is refused now: {reason}")
         if body["contributions"]:
             self._model.step(body["full_weight"], body["statistic_mix"])
@@ -165,13 +168,16 @@ class Replay:
         if point.uses:
             point.vector = self._model.vector.copy()
             point.state = {name: values.copy() for name, values in self._model.state.items()}
+            point.variates = self._model.variates  # never changed in place
         return Made(body["version"], body["hash"], digest(self._model.vector), hints, self._model.vector)
 
-    def _trained(self, seq: int, part: dict[str, Any], hints: list[str]) -> Array:
+    def _trained(self, seq: int, part: dict[str, Any], hints: list[str]) -> tuple[Array, Learned | None]:
+        """The update, and what its control variate is derived from."""
         store, after = part["store"], part["after"]
         if after and after not in self._states:
             raise RunError(f"{_name(part)} went on from the optimizer state of ticket {after}, not in the record")
-        weights = self._point(self._needs.bases[seq, part["base"]]).vector
+        base = self._point(self._needs.bases[seq, part["base"]])
+        weights, sent = base.vector, Sent(store) if base.variates is None else base.variates.sent(store)
         assert weights is not None
         if part.get("data_hash") not in (None, "", self._stores[store].content_hash(self._said.data)):
             hints.append(f"{_name(part)} was trained on other images than lie there now")
@@ -185,7 +191,7 @@ class Replay:
             max_steps=part["steps"],
         )
         try:
-            again = self._stores[store].train(ticket, self._plan, weights, self._states.get(after))
+            again = self._stores[store].train(ticket, self._plan, weights, self._states.get(after), sent.correction())
         except StoreError as error:
             raise RunError(f"{_name(part)} cannot be trained again: {error.message}") from None
         outcome = again.outcome
@@ -194,7 +200,9 @@ class Replay:
             then = f"{part['examples']} images, loss {part['loss']}"
             hints.append(f"{_name(part)} trains otherwise: {now}; by the record {then}")
         self._keep_state(part["ticket"], after, again.state)
-        return again.update
+        if base.variates is None:
+            return again.update, None
+        return again.update, Learned(sent, part["steps"], part["progress"], part["worth"], part["base"])
 
     def _keep_state(self, ticket: str, after: str, state: State) -> None:
         wanted = self._needs.states
@@ -207,10 +215,10 @@ class Replay:
     def _point(self, seq: int) -> Point:
         """For one of its uses; after the last one its memory is free."""
         point = self._needs.points[seq]
-        taken = Point(point.uses, point.vector, point.state)
+        taken = Point(point.uses, point.vector, point.state, point.variates)
         point.uses -= 1
         if not point.uses:
-            point.vector, point.state = None, {}
+            point.vector, point.state, point.variates = None, {}, None
         return taken
 
     def _check_record(self) -> None:

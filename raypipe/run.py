@@ -68,8 +68,8 @@ def load_resumed(which: str, path: Path | None, overrides: Sequence[str], *, acc
         raise ConfigError(f"run {folder.name} is over: {ended}; a new one may begin with its weights (warm_start)")
     if history.run().get("pooled"):
         raise ConfigError(f"run {folder.name} is of pooled data, which no store can take up: start jobs/centralize.py")
-    before = flat_params(history.run()["config"])
     own = RunConfig.model_validate(history.run()["config"])
+    before = flat_params(to_dict(own))  # with the keys that came since
     if path is None and not overrides:
         return folder.name, own
     if path is None:
@@ -110,7 +110,7 @@ def part_problems(said: Mapping[str, Any]) -> list[str]:
     for place, codec in enumerate(codec_list if isinstance(codec_list, list) else []):
         problems += _part_problems(codecs, codec, f"update.{place}")
     if isinstance(codec_list, list) and len(problems) == wrong:
-        problems += _chain_problems(codec_list)
+        problems += _chain_problems(codec_list, said.get("train"))
     judged = said.get("evaluate")
     metric = judged.get("metric", METRIC) if isinstance(judged, Mapping) else METRIC
     return problems + _task_problems(said.get("task", {"name": "classification"}), said.get("model"), metric)
@@ -148,11 +148,15 @@ def _part_problems(registry: Registry[Any], value: Any, key: str) -> list[str]:
     return registry.problems(part, key)
 
 
-def _chain_problems(how: list[Any]) -> list[str]:
+def _chain_problems(how: list[Any], train: Any) -> list[str]:
     try:
-        chain([{"name": codec} if isinstance(codec, str) else codec for codec in how])
+        made = chain([{"name": codec} if isinstance(codec, str) else codec for codec in how])
     except (ConfigError, TypeError, KeyError) as error:
         return [f"update: {error}"]
+    sealed = [codec.name for codec in made if codec.seals]
+    if sealed and isinstance(train, Mapping) and train.get("control_variates") is True:
+        why = "control variates are read from each store's own update"
+        return [f"train.control_variates: not with update {sealed[0]}, which opens as a sum alone: {why}"]
     return []
 
 
@@ -197,14 +201,16 @@ def check(config: RunConfig) -> str:
         image_bytes, source = image_bytes + (photo if task.table.image else 0), "assumed: 8 a number"
     elif config.local is not None:
         image_bytes, source = sample_image_bytes(config.local.sample), f"{config.local.sample} as bundled"
+    variate_bytes = 4 * layout.shared.stop if config.train.control_variates else 0
     sizes = Sizes(
         parameters=sum(entry.size for entry in layout.entries if entry.role is Role.SHARED),
-        down_bytes=4 * (layout.update_size if layout.splits else layout.size),
+        down_bytes=4 * (layout.update_size if layout.splits else layout.size) + variate_bytes,
         once_bytes=4 * (layout.size - layout.update_size) if layout.splits else 0,
         up_bytes=encoded_bytes(config.update, layout.update_size),
         server_bytes=4 * server_memory(layout, transforms.build(config.server)),
         image_bytes=image_bytes,
         image_source=source,
+        variate_bytes=variate_bytes,
     )
     stores = [(store.id, store.cpus, store.gpus) for store in config.stores]
     lines = [f"{config.name}: nothing wrong found", *explain(stores, policy_of(config), sizes)]

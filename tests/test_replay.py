@@ -32,6 +32,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "train": MOMENTUM,
         "server": {"name": "momentum"},
     },
+    "variates": {"pace": "fedbuff", "pacing": {"buffer_size": 2}, "train": {**LONG, "control_variates": True}},
 }
 
 

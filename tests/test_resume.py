@@ -89,9 +89,15 @@ def check_record(home: Path) -> None:
     assert [m.version for m in Replay(home / "runs" / "run", home / "stores").versions() if not m.same] == []
 
 
-@pytest.mark.parametrize("server", [{"name": "sgd"}, {"name": "adam"}], ids=["sgd", "adam"])
-def test_a_run_killed_anywhere_ends_with_the_bytes_of_one_never_killed(server: dict[str, Any], tmp_path: Path) -> None:
-    said = config(train=LONG, server=server, stop={"max_versions": 6}, track={"mlflow": False, "keep_last": 100})
+@pytest.mark.parametrize(
+    ("server", "train"),
+    [("sgd", LONG), ("adam", {**LONG, "control_variates": True})],
+    ids=["sgd", "adam and control variates"],
+)
+def test_a_run_killed_anywhere_ends_with_the_bytes_of_one_never_killed(
+    server: str, train: dict[str, Any], tmp_path: Path
+) -> None:
+    said = config(train=train, server=server, stop={"max_versions": 6}, track={"mlflow": False, "keep_last": 100})
     for name in ("calm", "killed"):
         make(tmp_path / name / "stores")
     assert kill_and_resume(said, tmp_path / "calm", tmp_path / "calm" / "stores", 0, 0) == 0
@@ -110,7 +116,8 @@ def test_a_run_killed_anywhere_ends_with_the_bytes_of_one_never_killed(server: d
 def test_an_asynchronous_run_killed_anywhere_counts_each_update_once(tmp_path: Path) -> None:
     stop = {"max_versions": 12}
     said = config(
-        train={**LONG, "keep_optimizer": False}, pace="fedbuff", pacing={"buffer_size": 2}, stop=stop,
+        train={**LONG, "keep_optimizer": False, "control_variates": True}, pace="fedbuff", pacing={"buffer_size": 2},
+        stop=stop,
         track={"mlflow": False, "keep_last": 100},
     )  # fmt: skip
     make(tmp_path / "stores")

@@ -58,9 +58,9 @@ class SitePort:
         return "nothing"
 
     async def train(
-        self, ticket: msg.Ticket, plan: bytes, weights: np.ndarray, how: list[msg.Part] | None = None
+        self, ticket: msg.Ticket, plan: bytes, weights: np.ndarray, how: list[msg.Part] | None = None, *more: Any
     ) -> msg.Report:
-        return await self._ask("train", ticket, msg.expect(msg.Plan, plan), weights)
+        return await self._ask("train", ticket, msg.expect(msg.Plan, plan), weights, *more)
 
     async def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray:
         update = await self._ask("collect", ticket, how, self.run, self.epoch)

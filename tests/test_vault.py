@@ -121,6 +121,9 @@ def test_a_vault_gives_the_very_bits_of_a_site(here: Here, tmp_path: Path, pipe:
         expected = plain.site.collect("t1", how, "r", 1)
         update = site.collect("t1", how, "r", 1)
         assert (update.dtype, update.tobytes()) == (expected.dtype, expected.tobytes())
+    given = replace(case.ticket, id="t2"), case.plan, case.weights, np.full(case.layout.shared.stop, 0.5, np.float32)
+    assert replace(site.train(*given), seconds=0) == replace(plain.site.train(*given), seconds=0)
+    assert site.collect("t2", [], "r", 1).tobytes() == plain.site.collect("t2", [], "r", 1).tobytes()
     judged, asked = site.evaluate(case.plan, case.weights, "validation", 1), plain.plan
     assert judged.sums == plain.site.evaluate(asked, plain.weights, "validation", 1).sums
     site.settle(Verdict("t1", 1, run="r", epoch=1))

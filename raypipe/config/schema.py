@@ -97,6 +97,7 @@ class Train(Section):
     local_epochs: Positive | None = None  # a ticket ends at the first limit reached; None: no limit by this
     local_steps: Count | None = None
     keep_optimizer: bool = False  # the optimizer's state stays at the store from ticket to ticket
+    control_variates: bool = False  # each step as if all stores' examples had a part in it (SCAFFOLD); see README
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # unreadable images above this: the store refuses
     trained: Literal["all", "head"] | Annotated[list[str], Field(min_length=1)] = "all"  # patterns of tensors' names
 

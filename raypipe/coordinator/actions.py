@@ -44,6 +44,7 @@ class Portion:
     store: str
     weight: float
     steps: int | None
+    worth: float = 1.0  # its weight were it not stale
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class Contribution:
     repeat: int | None = None
     after: str | None = None  # the ticket whose optimizer state it went on from
     data_hash: str | None = None  # of the store's data set as it was then: images may be added in a run
+    worth: float | None = None  # its weight were it not stale
 
 
 @dataclass(frozen=True, slots=True)

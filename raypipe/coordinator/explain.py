@@ -20,6 +20,7 @@ class Sizes:
     image_bytes: float
     image_source: str  # where image_bytes is from
     once_bytes: int = 0  # of frozen weights, once to a store
+    variate_bytes: int = 0  # of a store's control variate; in `down_bytes` too
 
 
 def expected_versions(policy: Policy) -> int:
@@ -65,6 +66,13 @@ def explain(stores: Sequence[tuple[str, float, float]], policy: Policy, sizes: S
     ]
     if sizes.once_bytes:
         lines.append(f"frozen weights: {sizes.once_bytes / 1e6:.2f} MB down, once to a store")
+    if sizes.variate_bytes:
+        mega = sizes.variate_bytes / 1e6
+        lines.append(
+            f"control variates: {mega:.2f} MB of what goes down for each update, nothing more goes up; the coordinator "
+            f"keeps {mega:.2f} MB more for each store, twice while a version is made, and on its disk: "
+            f"{2 * n * mega:.1f} MB for {n} stores"
+        )
     each = n * (sizes.down_bytes + sizes.up_bytes)
     lines.append(
         f"moves: at most {each / 1e6:.1f} MB a version"

@@ -16,13 +16,14 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from raypipe.aggregation.variates import Learned, Sent, Variates
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.board import Board
@@ -50,7 +51,12 @@ class Port(Protocol):
     async def join(self) -> msg.Card: ...
     def waiting_for(self, waited_s: float) -> str: ...
     async def train(
-        self, ticket: msg.Ticket, plan: bytes, weights: Handle, how: list[msg.Part] | None = None
+        self,
+        ticket: msg.Ticket,
+        plan: bytes,
+        weights: Handle,
+        how: list[msg.Part] | None = None,
+        correction: Handle = None,
     ) -> msg.Report: ...
     async def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray: ...
     async def evaluate(self, plan: bytes, weights: Handle, split: str) -> msg.Evaluation: ...
@@ -66,10 +72,13 @@ class Model(Protocol):
     """The global model; see aggregation/global_model.py."""
 
     layout: Layout
+    variates: Variates | None  # of the newest version; None in a run without
 
     @property
     def vector(self) -> np.ndarray: ...
-    def fold(self, portions: Sequence[tuple[np.ndarray, float, int | None]]) -> dict[int, str]: ...
+    def fold(
+        self, portions: Sequence[tuple[np.ndarray, float, int | None]], learned: Sequence[Learned | None]
+    ) -> dict[int, str]: ...
     @property
     def state(self) -> Mapping[str, np.ndarray]: ...
     @property
@@ -77,9 +86,19 @@ class Model(Protocol):
     def step(self, full_weight: float, statistic_mix: float) -> float: ...
 
 
+class Tables(Protocol):
+    """The stores' control variates on the disk; see tracking/variates.py."""
+
+    def write(self, version: int, variates: Variates) -> None: ...
+    def read(self, version: int) -> Variates | None: ...
+    def prune(self, keep: frozenset[int]) -> None: ...
+
+
 class Book(Protocol):
     """The durable record; see tracking/."""
 
+    @property
+    def variates(self) -> Tables: ...
     def record(self, kind: str, body: Mapping[str, Any]) -> None: ...
     def hash(self, vector: np.ndarray) -> str: ...
     def write(self, version: int, vector: np.ndarray, layout: Layout, state: Mapping[str, np.ndarray]) -> None: ...
@@ -131,6 +150,8 @@ class Shell:
         self._holds: Counter[int] = Counter()  # tickets in flight on each version
         self._sent: set[tuple[int, str]] = set()
         self._updates: dict[str, np.ndarray] = {}
+        self._tables: dict[int, Variates] = {}  # as _handles, in a run with control variates
+        self._learned: dict[str, Learned] = {}  # by ticket
         self._collecting: set[str] = set()
         self._owed: dict[int, do.Record] = {}  # decided, perhaps not written yet
         self._unjudged: set[int] = set()  # versions whose judgement may still come: their weights are kept
@@ -158,6 +179,7 @@ class Shell:
                 return await self._evaluate(action)
             case do.Settle():
                 self._updates.pop(action.ticket, None)
+                self._learned.pop(action.ticket, None)
                 self._collecting.discard(action.ticket)
                 if self.notary is not None:
                     self.notary.forget(action.ticket)
@@ -284,8 +306,7 @@ class Shell:
         try:
             if self.notary is not None:
                 ticket = replace(ticket, base=await self.notary.prove(action.store, action.version))
-            handle = await self._handle(action.version)
-            report = await self.ports[action.store].train(ticket, self.plan, handle, self._how)
+            report = await self._taught(action, ticket)
         except StoreSuperseded:
             raise
         except StoreError as error:
@@ -310,8 +331,24 @@ class Shell:
             report.update_bytes,
         )
 
+    async def _taught(self, action: do.Train, ticket: msg.Ticket) -> msg.Report:
+        """Raises StoreError."""
+        handle = await self._handle(action.version)
+        sent = await self._sent_with(action)
+        correction = None if sent is None else await asyncio.to_thread(sent.correction)
+        more = []
+        if correction is not None:
+            more = [self.put(correction)]
+            self._bytes_down += correction.nbytes
+            self._bytes_total += correction.nbytes
+        report = await self.ports[action.store].train(ticket, self.plan, handle, self._how, *more)
+        if sent is not None:
+            self._learned[action.ticket] = Learned(sent, report.steps, action.progress[0], 1.0, action.version)
+        return report
+
     def _without_update(self, action: do.Train | do.Collect, error: StoreError) -> ev.Event:
         reason = _bare(error, action.store)
+        self._learned.pop(action.ticket, None)
         if isinstance(error, StoreClosed):
             return ev.Deferred(action.ticket, reason, error.wait_s, self.clock())
         return ev.TrainingFailed(action.ticket, reason, self.clock(), isinstance(error, StoreRefused))
@@ -364,6 +401,17 @@ class Shell:
             self._handles[version] = self._fetchable(vector)
         return self._handles[version]
 
+    async def _sent_with(self, action: do.Train) -> Sent | None:
+        """The store's control variates as they were in the ticket's base version. Raises StoreError: they are gone."""
+        if self.model.variates is None:
+            return None
+        if action.version not in self._tables:
+            table = await asyncio.to_thread(self.book.variates.read, action.version)
+            if table is None:
+                raise StoreError(f"the control variates of version {action.version} are not kept")
+            self._tables[action.version] = table
+        return self._tables[action.version].sent(action.store)
+
     def _fetchable(self, vector: np.ndarray) -> Handle:
         """A version for the stores; frozen weights are the first version's own, fetchable once for all."""
         layout = self.model.layout
@@ -389,6 +437,7 @@ class Shell:
         newest = max(self._handles)
         for old in [v for v in list(self._handles) if v < newest and self._holds[v] <= 0]:
             del self._handles[old]
+            self._tables.pop(old, None)
             self._holds.pop(old, None)
             self._sent = {(v, s) for v, s in self._sent if v != old}
 
@@ -438,7 +487,9 @@ class Shell:
         asked = [portion for fold in folds for portion in fold.portions]
         portions = [p for p in asked if p.ticket in self._updates]  # those settled since, at the end, are gone
         arrays = [self._updates.pop(p.ticket) for p in portions]
-        refused = self.model.fold([(a, p.weight, p.steps) for a, p in zip(arrays, portions, strict=True)])
+        told = [(self._learned.pop(p.ticket, None), p.worth) for p in portions]
+        learned = [None if what is None else replace(what, worth=worth) for what, worth in told]
+        refused = self.model.fold([(a, p.weight, p.steps) for a, p in zip(arrays, portions, strict=True)], learned)
         reasons = {portions[index].ticket: reason for index, reason in refused.items()}
         at = self.clock()
         answers: list[ev.Event | None] = []
@@ -455,6 +506,9 @@ class Shell:
         fetchable = self._beside.submit(self._fetchable, vector)
         state = self.model.state
         written = self._disk.submit(self._patiently, self.book.write, action.version, vector, self.model.layout, state)
+        if (variates := self.model.variates) is not None:
+            written = self._disk.submit(self._write_both, written, action.version, variates)
+            self._tables[action.version] = variates
         digest = self.book.hash(vector)
         now = self.clock()  # durations by a clock that never jumps
         body = {
@@ -480,13 +534,22 @@ class Shell:
         self._handles[action.version] = fetchable.result()
         return ev.Published(action.version, self.clock())
 
+    def _write_both(self, weights: Future[None], version: int, variates: Variates) -> None:
+        """In the disk's thread, after the weights."""
+        weights.result()
+        self._patiently(self.book.variates.write, version, variates)
+
     async def _keep(self, action: do.Keep) -> ev.Event:
         in_use = frozenset(self._unjudged | {v for v, held in self._holds.items() if held > 0})
         best = self.board.best[0] if self.board.best else None
 
+        bases = frozenset(ticket.base for ticket in self.memory().tickets.values())
+
         def keep() -> None:
             self._patiently(self.book.keep, action.version)
             self.book.prune(in_use, best)
+            if self.model.variates is not None:
+                self.book.variates.prune(bases)
 
         await asyncio.wrap_future(self._disk.submit(keep))
         return ev.Kept(action.version, self.clock())
@@ -511,6 +574,9 @@ class Shell:
         nothing = {"elapsed_s": 0.0, "seconds": 0.0, "contributions": [], "bytes_up": 0, "bytes_down": 0}
         step = {"step_norm": 0.0, "full_weight": 0.0, "statistic_mix": 0.0}
         self.book.write(0, self.model.vector, self.model.layout, self.model.state)
+        if self.model.variates is not None:
+            self.book.variates.write(0, self.model.variates)
+            self._tables[0] = self.model.variates
         self.book.force(0)  # there is no version before it to go back to
         self.record("version_published", {**facts, **nothing, "bytes_total": self._bytes_total, **step})
         self.book.keep(0)
@@ -521,6 +587,8 @@ class Shell:
         self._started, self._published = self.clock() - last["elapsed_s"], self.clock()
         self._bytes_total = last["bytes_total"]
         self._handles[last["version"]] = self._fetchable(self.model.vector)
+        if self.model.variates is not None:
+            self._tables[last["version"]] = self.model.variates
 
     def owe(self, actions: Sequence[do.Action]) -> None:
         """Records that were decided: until they are written, a checkpoint holds them."""

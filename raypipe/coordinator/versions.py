@@ -27,7 +27,7 @@ def fold(run: Run) -> list[do.Action]:
         if _weigh(run, ticket):
             ticket.phase = Phase.FOLDING
             steps = ticket.steps if run.policy.weigh == "steps" else None
-            portions.append(do.Portion(ticket.id, ticket.store, ticket.weight, steps))
+            portions.append(do.Portion(ticket.id, ticket.store, ticket.weight, steps, ticket.worth))
         else:
             del run.tickets[ticket.id]
             reason = f"trained on version {ticket.base}, {ticket.staleness} versions ago"
@@ -140,4 +140,5 @@ def _contribution(ticket: Ticket, total: float) -> do.Contribution:
         repeat=ticket.asked.repeat,
         after=ticket.after,
         data_hash=ticket.data_hash or None,
+        worth=ticket.worth,
     )

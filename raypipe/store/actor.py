@@ -85,6 +85,7 @@ class SiteActor:
         how: list[msg.Part] | None,
         verdicts: list[bytes],
         still: np.ndarray | None = None,
+        correction: np.ndarray | None = None,
     ) -> tuple[bytes, np.ndarray | bytes | None]:
         """The report, and where `how` is said what `collect` would give: a call less. Verdicts come first.
 
@@ -95,7 +96,7 @@ class SiteActor:
 
         def run(site: Any) -> bytes:
             asked, learned = msg.expect(msg.Ticket, ticket), msg.expect(msg.Plan, plan)
-            report = msg.encode(site.train(asked, learned, self._pieces.whole(plan, weights, still)))
+            report = msg.encode(site.train(asked, learned, self._pieces.whole(plan, weights, still), correction))
             if site.rate is None:
                 done.append(lambda site: site.collect(asked.id, how, learned.run, asked.epoch))
             return report
@@ -275,13 +276,13 @@ class StoreClient:
         return store_options(self.store.id, 0, 0)["resources"]
 
     async def train(
-        self, ticket: msg.Ticket, plan: bytes, weights: Any, how: list[msg.Part] | None = None
+        self, ticket: msg.Ticket, plan: bytes, weights: Any, how: list[msg.Part] | None = None, correction: Any = None
     ) -> msg.Report:
-        """Raises StoreError; the weights are an object reference, fetched once a node. With `how` the update comes
-        with the report, for `collect` to take."""
+        """Raises StoreError; the weights are an object reference, fetched once a node, the correction is one too. With
+        `how` the update comes with the report, for `collect` to take."""
         verdicts, self._verdicts = self._verdicts, []
         moving, still = self._pieces(weights)
-        report, update = self._call("train", msg.encode(ticket), plan, moving, how, verdicts, still)
+        report, update = self._call("train", msg.encode(ticket), plan, moving, how, verdicts, still, correction)
         answer = self._expect(msg.Report, await self._told("train", report))
         self._gave(weights)
         if how is not None:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from raypipe.store.attest import Base
 from raypipe.store.batches import Examples
+from raypipe.store.correct import correct
 from raypipe.store.messages import Plan, Ticket
 from raypipe.store.optimizers import optimizers
 from raypipe.store.policy import Limits
@@ -35,6 +36,7 @@ class Admitted:
     control: Control
     base: Base | None = None  # in a run that keeps a ledger
     data_hash: str = ""  # of the data set that the images are of
+    correction: Array | None = None  # what each step is corrected by: control variates
 
 
 def learn(
@@ -44,6 +46,9 @@ def learn(
     optimizer = optimizers.build(asked.plan.optimizer)(asked.learner.model.trained)
     if kept is not None:
         optimizer.load_state_dict(kept)
+    if asked.correction is not None:
+        plan = asked.plan
+        correct(optimizer, asked.learner.model, asked.correction, plan.optimizer, kept=plan.keep_optimizer)
     work = Work(
         seed=asked.ticket.seed,
         lr=asked.plan.lr,

@@ -51,13 +51,15 @@ class Retrainer:
             raise StoreRefused(f"no data set named {name!r} is offered")
         return self._shelf.data(name).content_hash
 
-    def train(self, ticket: Ticket, plan: Plan, weights: Array, kept: State | None) -> Again:
+    def train(
+        self, ticket: Ticket, plan: Plan, weights: Array, kept: State | None, correction: Array | None = None
+    ) -> Again:
         """`max_steps` of the ticket says how many, whatever it took then. Raises StoreError."""
         torch.set_num_threads(self._threads)
         limits = replace(self.policy.admit(ticket, plan), max_steps=ticket.max_steps, budget_s=None)
         learner = self._shelf.learner(plan, weights)
         images = self._shelf.images(plan, learner.task, "train")
         learner.model.load(weights)
-        asked = Admitted(ticket, plan, weights, learner, images, limits, Control())
+        asked = Admitted(ticket, plan, weights, learner, images, limits, Control(), correction=correction)
         outcome, optimizer = learn(asked, deepcopy(kept), clock=time.monotonic)
         return Again(learner.model.update(weights)[0], outcome, deepcopy(optimizer.state_dict()))

@@ -134,15 +134,18 @@ class Site:
             self._attestor.left("card", run, "", card, "the coordinator asked who this is")
         return card
 
-    def train(self, ticket: Ticket, plan: Plan, weights: Array) -> Report:
-        """The update stays in the outbox. A ticket that waits there already gives the same report again."""
+    def train(self, ticket: Ticket, plan: Plan, weights: Array, correction: Array | None = None) -> Report:
+        """The update stays in the outbox. A ticket that waits there already gives the same report again.
+
+        `correction`: of each step, where the run has control variates; see correct.py.
+        """
         with self._work:
             outbox = self._fenced(plan.run, ticket.epoch)
-            report = outbox.report(ticket.id) or self._made(ticket, plan, weights, outbox)
+            report = outbox.report(ticket.id) or self._made(ticket, plan, weights, outbox, correction)
             self._attestor.left("report", plan.run, ticket.id, report, f"trained from version {report.version}")
             return report
 
-    def _made(self, ticket: Ticket, plan: Plan, weights: Array, outbox: Outbox) -> Report:
+    def _made(self, ticket: Ticket, plan: Plan, weights: Array, outbox: Outbox, correction: Array | None) -> Report:
         limits = self.policy.admit(ticket, plan)
         base = self._attestor.check(ticket, plan, weights)
         learner = self._shelf.learner(plan, weights)
@@ -153,7 +156,7 @@ class Site:
         images = self._shelf.images(plan, learner.task, "train")
         data_hash = self._shelf.data(plan.data).content_hash
         with self._controlled(ticket.id) as control:
-            admitted = Admitted(ticket, plan, weights, learner, images, limits, control, base, data_hash)
+            admitted = Admitted(ticket, plan, weights, learner, images, limits, control, base, data_hash, correction)
             return self._judged(admitted) if ticket.judge is not None else self._finished(admitted, outbox)
 
     def collect(self, ticket_id: str, how: list[Part], run: str = "", epoch: int = 0) -> Array:

@@ -17,6 +17,7 @@ from raypipe.placement.homes import raypipe_home
 from raypipe.tracking.journal import Journal
 from raypipe.tracking.lineage import model_card
 from raypipe.tracking.records import Kind, RunStarted
+from raypipe.tracking.variates import VariateStore
 from raypipe.tracking.versions import Retention, VersionStore, save_state
 from raypipe.types import Layout
 
@@ -45,6 +46,7 @@ class RunBook:
             raise RunError(f"the run's folder {folder} cannot be made: {error.strerror}") from None
         self.folder = folder
         self.versions = VersionStore(folder / "versions")
+        self.variates = VariateStore(folder)
         self._journal = Journal(folder / "journal.sqlite", write=True)
         self.damage = self._journal.damage  # what of the record is left out; empty: nothing
         self._last, self._every, self._wall = keep_last, keep_every, wall

@@ -171,6 +171,7 @@ class Contribution(TypedDict):
     repeat: int | None  # updates that the store had handed over from this base before
     after: str | None  # the ticket whose optimizer state it went on from; empty: it began anew
     data_hash: NotRequired[str | None]  # of the store's data set as it was then: images may be added in a run
+    worth: NotRequired[float | None]  # its weight were it not stale
 
 
 class VersionPublished(TypedDict):

@@ -144,9 +144,12 @@ class Conversation:
             return msg.encode(self._waited(job, joined=True), self._protocol)
         self._site.policy.admit(ticket, plan)
         check_plan(plan, self._vault.limits)
+        behind = _number(body, "corrected", 0) if "corrected" in body else 0  # floats behind the weights
 
-        def run(weights: Array) -> msg.Report:
-            report: msg.Report = self._paid(lambda: self._site.train(ticket, plan, weights))
+        def run(whole: Array) -> msg.Report:
+            weights, correction = whole[: max(0, whole.size - behind)], whole[max(0, whole.size - behind) :]
+            given = (ticket, plan, weights, *([correction] if behind else []))
+            report: msg.Report = self._paid(lambda: self._site.train(*given))
             return report
 
         return msg.encode(self._waited(self._job(body, key, ticket.id, run)), self._protocol)
