@@ -1,24 +1,23 @@
 """The sceptic's experiment: is it as good as pooled, and at what price? Fashion-MNIST over ten stores.
 
-python jobs/compare.py [--quick] [--seeds 5] [--splits dirichlet two-labels] [--arms ...] [--processes 2] [--json FILE]
+python jobs/compare.py [--quick] [--seeds 5] [--images 6000] [--seconds 120] [--kept FILE] [--arms ...] [--processes 2]
 
 Ten stores, 1 to 10 times slower than the fastest, on links of 20 Mbit down and 5 up; seconds and bytes are those of a
 virtual clock (compare_clock.py), everything else is real. Each arm has the same number of trials of its learning rate,
 on a seed of its own and on the validation split; then as many paired seeds as asked for, on the test split. Then the
 twin test: two classes at one store alone, once at a fast one, once at one ten times slower: what is lost of their
-recall? Prints Markdown. Not here: control variates, which raypipe does not have yet.
+recall? Prints Markdown. What it will take is said first; with --kept FILE a run that was cut goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone or a job's working directory
 
 from compare_arms import ARMS, FEDERATED, Result, Scale, Unit, rates, run, twins
+from compare_kept import Kept, plan
 
 from raypipe.tracking.compare import ratio
 
@@ -41,25 +41,20 @@ HEADER = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tables on stdout, progress on stderr."""
     options = _parser().parse_args(arguments)
-    scale = QUICK if options.quick else Scale()
-    seeds = (
-        list(range(1, (1 if options.quick else 5) + 1)) if options.seeds is None else list(range(1, options.seeds + 1))
-    )
-    began, kept, tuned = time.monotonic(), list[Result](), dict[str, dict[str, float]]()
-    context = multiprocessing.get_context("spawn")
+    scale, seeds = _scale(options), list(range(1, _seeds(options) + 1))
+    kept, trials = Kept(options.kept), 1 if options.quick else 3
+    began, context = time.monotonic(), multiprocessing.get_context("spawn")
+    _tell(*plan(_everything(options, scale, seeds, kept, trials), kept, options.processes))
     with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+        tuned = {split: _tuned(pool, kept, options.arms, split, scale, trials=trials) for split in options.splits}
+        units = {split: _units(options.arms, split, seeds, tuned[split], scale) for split in options.splits}
+        found = _all(pool, kept, [unit for split in options.splits for unit in units[split]])
         for split in options.splits:
-            best = tuned[split] = _tuned(pool, options.arms, split, scale, trials=1 if options.quick else 3)
-            units = [Unit(arm, split, seed, best[arm], scale) for seed in seeds for arm in options.arms]
-            found = list(_all(pool, units))
-            kept += found
-            _say(_title(split, scale, seeds), *_table(found, options.arms, options.target))
-        arms = [arm for arm in options.arms if arm in FEDERATED]
-        if arms and "two-labels" in tuned and not options.no_twins:  # its rates
-            kept += _twin_test(pool, arms, tuned["two-labels"], scale, seeds)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(result) for result in kept]) + "\n")
-    print(f"{time.monotonic() - began:.0f} s on {options.processes} processes", file=sys.stderr)
+            _say(_title(split, scale, seeds), *_table([found[u] for u in units[split]], options.arms, options.target))
+        if "two-labels" in tuned and not options.no_twins:  # its rates
+            arms = [arm for arm in options.twin_arms or options.arms if arm in FEDERATED and arm in options.arms]
+            _twin_test(pool, kept, arms, tuned["two-labels"], scale, seeds)
+    _tell(f"{time.monotonic() - began:.0f} s on {options.processes} processes")
     return 0
 
 
@@ -67,32 +62,86 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke test: little data, one seed, one trial")
     parser.add_argument("--seeds", type=int, help="paired seeds; default 5, or 1 with --quick")
+    parser.add_argument("--images", type=int, help="of all stores together; default 6,000")
+    parser.add_argument("--judged", type=int, help="images that a look is at; default 2,000")
+    parser.add_argument("--seconds", type=float, help="of virtual time; default 120")
     parser.add_argument("--splits", nargs="+", choices=("dirichlet", "two-labels"), default=["dirichlet", "two-labels"])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--target", type=float, help=f"accuracy; default {PART_OF_POOLED:g} of the pooled arm's")
     parser.add_argument("--no-twins", action="store_true")
+    parser.add_argument("--twin-arms", nargs="+", choices=list(FEDERATED), metavar="ARM", help="default: all of --arms")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="all results, with each look, into this file")
+    parser.add_argument("--kept", type=Path, help="a file that keeps each run that is done; begun again it goes on")
     return parser
 
 
-def _all(pool: ProcessPoolExecutor, units: Sequence[Unit]) -> Iterator[Result]:
-    for number, result in enumerate(pool.map(run, units), 1):
+def _scale(options: argparse.Namespace) -> Scale:
+    scale = QUICK if options.quick else Scale()
+    said = {"train": options.images, "judged": options.judged, "seconds": options.seconds}
+    changed = replace(scale, **{name: value for name, value in said.items() if value is not None})
+    return replace(changed, every_s=changed.seconds * scale.every_s / scale.seconds)  # as many looks
+
+
+def _seeds(options: argparse.Namespace) -> int:
+    return options.seeds or (1 if options.quick else 5)
+
+
+def _everything(
+    options: argparse.Namespace, scale: Scale, seeds: Sequence[int], kept: Kept, trials: int
+) -> Iterator[Unit]:
+    """All runs, of any rate where the best is not known yet."""
+    for split in options.splits:
+        trial = _trials(options.arms, split, scale) if trials > 1 else []
+        yield from trial
+        best = _best(options.arms, split, scale, kept, trials) or _middle(options.arms)
+        yield from _units(options.arms, split, seeds, best, scale)
+        if split == "two-labels" and not options.no_twins:
+            arms = [arm for arm in options.twin_arms or options.arms if arm in FEDERATED and arm in options.arms]
+            yield from _twin_units(arms, seeds, best, scale)
+
+
+def _all(pool: ProcessPoolExecutor, kept: Kept, units: Sequence[Unit]) -> dict[Unit, Result]:
+    """Of each its result; those that are done are not run again."""
+    missing = [unit for unit in units if kept.get(unit) is None]
+    for number, done in enumerate(as_completed([pool.submit(run, unit) for unit in missing]), 1):
+        kept.add(result := done.result())
         unit = result.unit
         what = f"{unit.split}, seed {unit.seed}, {unit.arm} at {unit.rate:g}: {result.quality:.3f}"
-        print(f"{number} of {len(units)}  {what}", file=sys.stderr, flush=True)
-        yield result
+        _tell(f"{number} of {len(missing)}  {what}, {result.cpu_s:.0f} s")
+    found = {unit: kept.get(unit) for unit in units}
+    return {unit: result for unit, result in found.items() if result is not None}
+
+
+def _units(arms: Sequence[str], split: str, seeds: Sequence[int], best: dict[str, float], scale: Scale) -> list[Unit]:
+    return [Unit(arm, split, seed, best[arm], scale) for seed in seeds for arm in arms]
+
+
+def _trials(arms: Sequence[str], split: str, scale: Scale) -> list[Unit]:
+    return [Unit(arm, split, TUNING_SEED, rate, scale, "validation") for arm in arms for rate in rates(arm)]
+
+
+def _middle(arms: Sequence[str]) -> dict[str, float]:
+    return {arm: rates(arm)[len(rates(arm)) // 2] for arm in arms}
+
+
+def _best(arms: Sequence[str], split: str, scale: Scale, kept: Kept, trials: int) -> dict[str, float] | None:
+    """The best of each arm's rates, the middle one untried with one trial; None while there are trials to be run."""
+    if trials == 1:
+        return _middle(arms)
+    found = [result for unit in _trials(arms, split, scale) if (result := kept.get(unit)) is not None]
+    if len(found) < len(_trials(arms, split, scale)):
+        return None
+    return {arm: max((r for r in found if r.unit.arm == arm), key=lambda r: r.quality).unit.rate for arm in arms}
 
 
 def _tuned(
-    pool: ProcessPoolExecutor, arms: Sequence[str], split: str, scale: Scale, *, trials: int
+    pool: ProcessPoolExecutor, kept: Kept, arms: Sequence[str], split: str, scale: Scale, *, trials: int
 ) -> dict[str, float]:
-    """The best of each arm's rates; with one trial the middle one, untried."""
-    if trials == 1:
-        return {arm: rates(arm)[len(rates(arm)) // 2] for arm in arms}
-    units = [Unit(arm, split, TUNING_SEED, rate, scale, "validation") for arm in arms for rate in rates(arm)]
-    found = list(_all(pool, units))
-    return {arm: max((r for r in found if r.unit.arm == arm), key=lambda r: r.quality).unit.rate for arm in arms}
+    if trials > 1:
+        _all(pool, kept, _trials(arms, split, scale))
+    best = _best(arms, split, scale, kept, trials)
+    assert best is not None
+    return best
 
 
 def _title(split: str, scale: Scale, seeds: Sequence[int]) -> str:
@@ -142,12 +191,16 @@ def _cells(arm: str, results: Sequence[Result], pooled: dict[int, float], target
     ]
 
 
+def _twin_units(arms: Sequence[str], seeds: Sequence[int], best: dict[str, float], scale: Scale) -> list[Unit]:
+    return [u for s in seeds for arm in arms for u in twins(Unit(arm, "twin", s, best[arm], scale))]
+
+
 def _twin_test(
-    pool: ProcessPoolExecutor, arms: Sequence[str], best: dict[str, float], scale: Scale, seeds: Sequence[int]
-) -> list[Result]:
+    pool: ProcessPoolExecutor, kept: Kept, arms: Sequence[str], best: dict[str, float], scale: Scale,
+    seeds: Sequence[int],
+) -> None:  # fmt: skip
     """What a store's classes lose when it is ten times slower."""
-    units = [u for arm in arms for s in seeds for u in twins(Unit(arm, "twin", s, best[arm], scale))]
-    found = list(_all(pool, units))
+    found = list(_all(pool, kept, _twin_units(arms, seeds, best, scale)).values())
     head = ("arm", "recall, at a fast store", "10x slower", "points lost")
     lines = [_row(head), _row(["---"] * len(head))]
     for arm in arms:
@@ -163,7 +216,6 @@ def _twin_test(
         "\n### Twin test: two classes that one store alone has, the same data at a fast store and at a slow one\n",
         *lines,
     )
-    return found
 
 
 def _row(cells: Sequence[Any]) -> str:
@@ -172,6 +224,10 @@ def _row(cells: Sequence[Any]) -> str:
 
 def _say(*lines: str) -> None:
     print("\n".join(lines), flush=True)
+
+
+def _tell(*lines: str) -> None:
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

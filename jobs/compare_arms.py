@@ -7,7 +7,8 @@ each store trains for the whole time. A pass for the closed-form head costs a th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -41,6 +42,11 @@ FEDERATED: dict[str, dict[str, Any]] = {
     "wait for all": {"pace": "wait_for_all", "train": {"local_epochs": 1}},
     "k of n": {"pace": "k_of_n", "train": {"local_epochs": 1}},
     "paced": {"pace": "paced", "pacing": {"budget_s": BUDGET_S}},
+    "paced with control variates": {
+        "pace": "paced",
+        "pacing": {"budget_s": BUDGET_S},
+        "train": {"control_variates": True},
+    },
     "FedBuff, long tickets": {"pace": "fedbuff", "train": {"local_epochs": 1}},
     "FedBuff, short tickets": {"pace": "fedbuff", "train": {"local_epochs": 0.2}},
 }
@@ -68,6 +74,7 @@ class Result:
     trace: Trace
     worst_store: float
     own_recall: float
+    cpu_s: float = field(default=0.0, compare=False)  # that it took here
 
     @property
     def quality(self) -> float:
@@ -96,6 +103,7 @@ def run(unit: Unit) -> Result:
     import torch
 
     torch.set_num_threads(1)
+    began = time.process_time()
     world = _world(unit.split, unit.seed, unit.scale, unit.judge_by, unit.twin_slowness)
     said = configuration(unit)
     own = {"alone": _alone, "pooled": _pooled, "closed form": _closed_form}
@@ -103,7 +111,8 @@ def run(unit: Unit) -> Result:
     last = trace.looks[-max(1, len(trace.looks) // 5) :]
     recalls = np.mean([look.recalls for look in last], axis=0)
     worst = float((world.mixes @ recalls).min()) if trace.worst_store is None else trace.worst_store
-    return Result(unit, trace, worst, float(np.mean([recalls[c] for c in world.own])))
+    own_recall = float(np.mean([recalls[c] for c in world.own]))
+    return Result(unit, trace, worst, own_recall, time.process_time() - began)
 
 
 def configuration(unit: Unit) -> RunConfig:

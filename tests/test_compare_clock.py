@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -12,6 +14,7 @@ sys.path.insert(0, str(ROOT / "jobs"))
 
 from compare_arms import ARMS, Result, Scale, Unit, run, twins
 from compare_clock import DOWN, STEP_S, UP
+from compare_kept import Kept, plan
 
 SCALE = Scale(train=400, judged=200, seconds=12.0, every_s=2.0)
 EPOCH = 2  # steps: 40 images a store
@@ -58,3 +61,25 @@ def test_twins_differ_in_their_speed_alone() -> None:
     fast, slow = twins(Unit("paced", "two-labels", 1, 0.05, SCALE))
     assert (fast.split, slow.split, fast.twin_slowness, slow.twin_slowness) == ("twin", "twin", 1.0, 10.0)
     assert run(slow).trace.steps < run(fast).trace.steps
+
+
+def test_a_run_that_is_done_is_kept_and_not_run_again(tmp_path: Path) -> None:
+    done, file = result("closed form"), tmp_path / "kept.jsonl"
+    first = Kept(file)
+    assert first.get(done.unit) is None
+    first.add(done)
+    with file.open("a") as text:
+        text.write('{"key": "cut')  # as it was written
+    assert Kept(file).get(done.unit) == done
+    assert Kept(file).get(replace(done.unit, seed=2)) is None
+    assert Kept(file).get(replace(done.unit, scale=replace(SCALE, train=500))) is None
+    assert Kept(None).get(done.unit) is None
+
+
+def test_what_is_left_to_be_run_is_said_with_its_time() -> None:
+    done, kept = result("closed form"), Kept(None)
+    kept.add(done)
+    lines = plan([done.unit, replace(done.unit, seed=2), Unit("paced", "two-labels", 1, 0.05, SCALE)], kept, 2)
+    assert lines[0].startswith("to be run, in about ")
+    assert [line.partition(" runs")[0] for line in lines[1:]] == ["  closed form: 1", "  paced: 1"]
+    assert plan([done.unit], kept, 2) == ["nothing is left to be run"]
