@@ -13,7 +13,7 @@ from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.diary import Diary
 from raypipe.coordinator.machine import Coordinator
-from raypipe.coordinator.policy import Policy, pace
+from raypipe.coordinator.policy import FIRST_BUDGET_S, Policy, pace
 from raypipe.coordinator.resume import bring_back
 from raypipe.coordinator.state import KEPT, Scores
 from raypipe.coordinator.stores import WARM_UP_S
@@ -131,6 +131,26 @@ def test_a_paced_version_is_made_at_the_tick_and_late_work_joins_the_next() -> N
     deliver(m, again[0].ticket, 5.0)
     (publish,) = of(do.Publish, deliver(m, again[1].ticket, 5.1))
     assert {c.store: c.staleness for c in publish.contributions} == {"s0": 0, "s1": 0, "s2": 1}
+
+
+def test_a_paced_ticket_trains_twice_as_long_as_it_takes_to_fetch_and_hand_over() -> None:
+    m = machine(pace("paced", 3, {"max_versions": 9}))
+    tickets = of(do.Train, join_all(m))
+    assert [t.budget_s for t in tickets] == [FIRST_BUDGET_S] * 3
+    at = 0.0
+    for version in (1, 2, 3):  # trains for 0.1 s, by `trained`; the rest of a ticket's time is the link's
+        begun, links = at, {"s0": 0.4, "s1": 1.0, "s2": 1.5}
+        for ticket in sorted(tickets, key=lambda t: links[t.store]):
+            at = begun + 0.1 + links[ticket.store]
+            m.handle(ev.Trained(ticket.ticket, 5, 160, 100, 0.1, 1.0, at))
+            actions = m.handle(ev.UpdateArrived(ticket.ticket, 400, at))
+            for fold in of(do.Fold, actions):
+                actions = m.handle(ev.Folded(tuple(p.ticket for p in fold.portions), (), at))
+        if version == 1:
+            assert m.budget_s == FIRST_BUDGET_S, "a first ticket has a start in it, which is no link's"
+        assert of(do.Publish, actions), "nobody was late"
+        tickets = of(do.Train, m.handle(ev.Published(version, at)))
+    assert [t.budget_s for t in tickets] == [pytest.approx(2.0)] * 3, "the median store's link, twice"
 
 
 def test_late_work_alone_makes_no_version_while_the_others_are_about_to_start() -> None:

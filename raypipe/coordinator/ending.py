@@ -38,7 +38,7 @@ def reason_to_end(run: Run, at: float) -> str:
         return f"{run.version} versions"
     limit = math.inf if policy.max_seconds is None else run.started_at + policy.max_seconds
     # Sums as in `wake_at`: a difference may be a bit short at the Tick, and there is no other one.
-    if at >= limit and (not run.expected() or at >= limit + 0.5 * (policy.budget_s or 0.0)):
+    if at >= limit and (not run.expected() or at >= limit + 0.5 * (run.budget_s or 0.0)):
         return f"{policy.max_seconds:.0f} s"
     if policy.target is not None and run.scores.reached(policy.target):
         return f"{run.scores.metric} reached {policy.target}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raypipe.coordinator.policy import Policy
+from raypipe.coordinator.policy import TRAINS, Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,9 @@ def expected_versions(policy: Policy) -> int:
 def pace_in_words(policy: Policy, num_stores: int) -> str:
     """When a version is made, in one line."""
     if policy.tick:
-        return f"tickets of {policy.budget_s:g} s, a version at each tick with who is there; late work joins the next"
+        tickets = f"tickets of {policy.budget_s:g} s" if policy.budget_s else f"tickets that train {TRAINS:g} times as long"
+        long = "" if policy.budget_s else " as they take to fetch and hand over"
+        return f"{tickets}{long}, a version at each tick with who is there; late work joins the next"
     if policy.refill == "on_arrival":
         return f"a version after each {policy.buffer_size} stores' updates; a store gets new work when it hands over"
     if policy.buffer_size is not None:

@@ -10,10 +10,11 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import fields
+from statistics import median
 
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import rotation
-from raypipe.coordinator.policy import Policy
+from raypipe.coordinator.policy import FIRST_BUDGET_S, LEAST_BUDGET_S, TRAINS, Policy
 from raypipe.coordinator.state import Member, Memory, Phase, Scores, Ticket
 
 CLOSING_S = 30.0  # for the last judgement, before the run finishes without it
@@ -80,7 +81,7 @@ class Run:
             times.append(self.created_at + self.patience_s)
         elif self.policy.max_seconds is not None and self.ending is None:
             limit = self.started_at + self.policy.max_seconds
-            times += [limit, limit + 0.5 * (self.policy.budget_s or 0.0)]
+            times += [limit, limit + 0.5 * (self.budget_s or 0.0)]
         if self.empty_since is not None:
             times.append(self.empty_since + self.patience_s)
         if self.ending is not None:
@@ -98,6 +99,17 @@ class Run:
         since = at - self.started_at if self.started_at is not None else 0.0
         by_time = since / self.policy.max_seconds if self.policy.max_seconds else 0.0
         return min(1.0, max(by_version, by_time))
+
+    @property
+    def budget_s(self) -> float | None:
+        """Of a ticket given now; see policy.py. None: its work is given, not its time."""
+        policy = self.policy
+        if policy.budget_s is not None or not policy.tick:
+            return policy.budget_s
+        begins = policy.max_active_stores is not None  # each ticket may have to wait for an actor
+        known = [m.overhead_s for m in self.members.values() if m.last_s is not None and (m.turns > 1 or begins)]
+        budget = max(LEAST_BUDGET_S, TRAINS * median(known)) if known else FIRST_BUDGET_S
+        return budget if policy.deadline_s is None else min(budget, policy.deadline_s)
 
     def waiting(self) -> list[Member]:
         """Stores without an actor that could have one."""

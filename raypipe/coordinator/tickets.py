@@ -7,6 +7,7 @@ import math
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
 from raypipe.coordinator import stores
+from raypipe.coordinator.policy import TRAINS
 from raypipe.coordinator.run import AWAITED, Run
 from raypipe.coordinator.state import Member, Phase, Ticket
 from raypipe.coordinator.stores import FIRST_S, WARM_UP_S
@@ -56,13 +57,14 @@ def _candidates(run: Run) -> list[str]:
 def _issue(run: Run, member: Member, at: float) -> do.Train:
     policy = run.policy
     run.issued += 1
-    budget, steps = policy.budget_s, None
+    budget, steps = run.budget_s, None
     if budget is None and policy.deadline_s is not None:  # what the store can do in time, by its own measure
         budget = max(0.2 * policy.deadline_s, policy.deadline_s - 1.5 * member.overhead_s)
         steps = None if member.speed is None else max(1, int(member.speed * budget))
     if policy.max_seconds is not None and run.started_at is not None and budget is not None:
         budget = max(0.1 * budget, min(budget, run.started_at + policy.max_seconds - at))
-    due = policy.deadline_s if policy.deadline_s is not None else (1.25 * budget + 0.5 if budget else math.inf)
+    moves = budget / TRAINS if budget is not None and policy.budget_s is None else 0.0  # where it is set by them
+    due = policy.deadline_s if policy.deadline_s is not None else 1.25 * budget + moves + 0.5 if budget else math.inf
     warm_up = 0.0 if member.warm else WARM_UP_S
     patience = due if math.isfinite(due) else 10 * (member.last_s or run.slowest() or FIRST_S / 10)
     progress = run.progress(at)
