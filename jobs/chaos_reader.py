@@ -164,7 +164,7 @@ def versions(folder: Path, run: Run) -> Iterator[str]:
         found = blake3(raw).hexdigest()
         if found[:12] != file.stem.partition("-")[2] or run.kept.get(number, {}).get("hash", found) != found:
             yield f"versions: {file.name} has hash {found[:12]}: it is not what was kept"
-        elif run.layout and _content(raw, run.layout) != run.versions[number]["hash"]:
+        elif run.layout and _content(raw, _layout(run, number)) != run.versions[number]["hash"]:
             yield f"versions: {file.name} holds other weights than version {number} by the journal"
     for number, count in numbers.items():
         if count > 1:
@@ -172,6 +172,12 @@ def versions(folder: Path, run: Run) -> Iterator[str]:
     newest = max(run.versions, default=None)
     if newest is not None and newest not in numbers and not (folder / f"versions/v{newest:05d}.part").is_file():
         yield f"versions: the newest version {newest} has no file"
+
+
+def _layout(run: Run, number: int) -> Body:
+    """A version's: another one since its class list changed."""
+    changed = [v for v, body in run.versions.items() if v <= number and body.get("classes")]
+    return run.versions[max(changed)]["classes"]["layout"] if changed else run.layout
 
 
 def _content(raw: bytes, layout: Body) -> str:

@@ -13,7 +13,7 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # before anything i
 
 from rich.console import Console
 
-from raypipe import record_verbs
+from raypipe import class_verbs, record_verbs
 from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.ledger import commands as ledger
 
@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     doctored.add_parsers(verbs)
     secured.add_parsers(verbs)
     record_verbs.add(verb)
+    class_verbs.add(verb)
     for name, help in (
         ("join", "take a store into a run that is going on"),
         ("leave", "let a store go; what it has contributed stays"),

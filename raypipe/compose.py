@@ -8,8 +8,8 @@ from __future__ import annotations
 import platform
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,16 +27,19 @@ from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.notary import Notary
 from raypipe.coordinator.resume import bring_back
 from raypipe.coordinator.shell import Shell
-from raypipe.errors import RunError
+from raypipe.coordinator.stages import Stage, Stages
+from raypipe.errors import ConfigError, RunError
 from raypipe.ledger import roster
 from raypipe.models import licence_of
+from raypipe.models.growth import Form, no_growth
 from raypipe.placement.homes import raypipe_home
-from raypipe.run import initial_of, policy_of
+from raypipe.run import classes_of, initial_of, policy_of
 from raypipe.store.code import code_hash
 from raypipe.store.correct import reach
 from raypipe.store.messages import Plan
 from raypipe.store.schedules import schedules
 from raypipe.tasks import tasks
+from raypipe.tasks.class_list import Change, ClassList
 from raypipe.tracking.book import RunBook
 from raypipe.tracking.journal import FILE
 from raypipe.tracking.versions import read_state
@@ -71,11 +74,12 @@ def compose(
     if must_exist and not there:
         raise RunError(f"no run named {run!r} on the coordinator's machine, in {folder.parent}")
     model = initial_model(said)
-    layout = model.layout
+    layout, stages = model.layout, Stages(first_stage(said, run, model.form))
     every = (said.track.keep_every, said.track.log_model_every)
     book = RunBook(folder, said.track.keep_last, every, time.time)
-    board, diary, code, plan = Board(said.evaluate.metric), Diary(folder), code_hash(), plan_of(said, run, layout)
+    board, diary, code, plan = Board(said.evaluate.metric), Diary(folder), code_hash(), stages.at(0).plan
     past = _past(book, board) if there else _Past()
+    check_growth(said, stages)
     board.lines += [line for line in (book.damage, licence_of(said.model)) if line]
     again = bool(past.versions)  # else it died before its first version, or is new
     if start is not None and not again:
@@ -87,7 +91,7 @@ def compose(
     machine = new_machine(said if past.config is None else RunConfig.model_validate(past.config))
     first: list[Action] = []
     if again:
-        first = _take_up(past, machine, diary, book, model)
+        first = _take_up(past, machine, diary, book, model, stages)
         machine.policy = policy_of(said)
     elif said.pacing.max_active_stores is not None:
         first = machine.handle(Tick(machine.now))  # whom to ask for first
@@ -100,7 +104,8 @@ def compose(
         run=run,
         seed=said.seed,
         epoch=past.epoch + 1,
-        plan=plan,
+        stages=stages,
+        next_stage=next_stage(said, run),
         how=said.update,
         max_epochs=epochs,
         max_steps=said.train.local_steps,
@@ -125,11 +130,11 @@ def compose(
     begin = partial(shell.resume, past.newest) if again else shell.begin
 
     def read(version: int) -> np.ndarray:
-        return book.read(version, layout)
+        return book.read(version, stages.at(version).layout)
 
     return Composition(
-        said, machine, shell, board, plan, place, folder, past.epoch + 1, code, book.versions.kept, read, begin, first,
-        notary,
+        said, machine, shell, board, stages, place, folder, past.epoch + 1, code, book.versions.kept, read, begin,
+        first, notary,
     )  # fmt: skip
 
 
@@ -156,9 +161,11 @@ def initial_model(said: RunConfig) -> GlobalModel:
     from raypipe.aggregation.global_model import GlobalModel
     from raypipe.aggregation.transforms import transforms
 
-    layout, vector = initial_of(said, tasks.build(said.task))
+    task = tasks.build(said.task)
+    layout, vector = initial_of(said, task)
+    form = Form.of(layout, task.num_outputs, boxes=task.boxes is not None)
     more: dict[str, Any] = {"how": said.update, "normalise": said.pacing.normalise, "threads": threads_of(said)}
-    return GlobalModel(layout, vector, transforms.build(said.server), reach=reach_of(said), **more)
+    return GlobalModel(form, vector, transforms.build(said.server), reach=reach_of(said), **more)
 
 
 def reach_of(said: RunConfig) -> Callable[[int, float], float] | None:
@@ -174,6 +181,41 @@ def reach_of(said: RunConfig) -> Callable[[int, float], float] | None:
         return train.lr * schedule(progress) * reach(train.optimizer, steps, kept=train.keep_optimizer)
 
     return reached
+
+
+def first_stage(said: RunConfig, run: str, form: Form) -> Stage:
+    """What a run begins with."""
+    return Stage(0, plan_of(said, run, form.layout), form)
+
+
+def next_stage(said: RunConfig, run: str) -> Callable[[Stage, int, Change], Stage]:
+    """What follows a stage at a version whose class list changes. Raises ConfigError for a change that cannot be."""
+
+    def follow(before: Stage, version: int, change: Change) -> Stage:
+        part = ClassList.of(before.plan.task).changed(change).task(before.plan.task)
+        task = tasks.build(part)
+        layout = before.layout
+        if task.num_outputs != before.form.num_classes:
+            spec = {key: value for key, value in said.model.items() if key != "pretrained"}
+            layout, _ = initial_of(said.model_copy(update={"model": spec}), task)
+        form = Form.of(layout, task.num_outputs, boxes=task.boxes is not None)
+        return Stage(version, replace(before.plan, task=part, layout=layout.fingerprint), form)
+
+    return follow
+
+
+def recorded_stage(before: Stage, body: Mapping[str, Any]) -> Stage:
+    """The same as a version's record has it."""
+    said = body["classes"]
+    task, layout = tasks.build(said["task"]), Layout.from_json(said["layout"])
+    form = Form.of(layout, task.num_outputs, boxes=task.boxes is not None)
+    return Stage(body["version"], replace(before.plan, task=said["task"], layout=layout.fingerprint), form)
+
+
+def check_growth(said: RunConfig, stages: Stages) -> None:
+    """Raises ConfigError when classes are to be added to a head that cannot grow."""
+    if any(change.add for change in said.class_changes) and not stages.at(0).form.rows:
+        raise ConfigError(no_growth(said.model["name"]))
 
 
 def threads_of(said: RunConfig) -> int | None:
@@ -207,7 +249,10 @@ def new_machine(said: RunConfig) -> Coordinator:
         return random.Random(f"{said.seed}/{version}")
 
     ids = [store.id for store in said.stores]
-    return Coordinator(policy_of(said), ids, metric=said.evaluate.metric, chance=chance, start_at=0.0)
+    classes, changes = classes_of(said)
+    return Coordinator(
+        policy_of(said), ids, metric=said.evaluate.metric, chance=chance, start_at=0.0, classes=classes, changes=changes
+    )
 
 
 def _clock(start: float) -> Callable[[], float]:
@@ -279,16 +324,22 @@ def _past(book: RunBook, board: Board) -> _Past:
     return past
 
 
-def _take_up(past: _Past, machine: Coordinator, diary: Diary, book: RunBook, model: GlobalModel) -> list[Action]:
+def _take_up(
+    past: _Past, machine: Coordinator, diary: Diary, book: RunBook, model: GlobalModel, stages: Stages
+) -> list[Action]:
     """The machine as it was, the model at the newest version that can be had; what is to be done first."""
+    for version, body in sorted(past.versions.items()):
+        if body.get("classes"):
+            stages.add(recorded_stage(stages.at(version), body))
 
     def intact(version: int) -> bool:
-        vector = book.versions.recover(version, model.layout, past.versions[version]["hash"])
+        form = stages.at(version).form
+        vector = book.versions.recover(version, form.layout, past.versions[version]["hash"])
         state = read_state(book.folder, version) if model.state else {}
         variates = book.variates.read(version) if model.variates is not None else None
         if vector is None or state is None or (variates is None and model.variates is not None):
             return False
-        model.restore(vector, state, variates)
+        model.restore(vector, state, form, variates)
         return True
 
     newest = max(past.versions)
@@ -298,4 +349,5 @@ def _take_up(past: _Past, machine: Coordinator, diary: Diary, book: RunBook, mod
     past.withdrawn = back.withdrawn
     for version in back.withdrawn:
         del past.versions[version]
+        stages.withdraw(version)
     return back.actions

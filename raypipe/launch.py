@@ -66,8 +66,11 @@ def federate(
         cluster.shut_down()
 
 
-def ask(run: str, address: str | None, method: str, *arguments: Any) -> None:
-    """Tell the coordinator of a run on a cluster something: `join`, `leave`, `stop`. Raises RaypipeError."""
+def ask(run: str, address: str | None, method: str, *arguments: Any) -> Any:
+    """Tell the coordinator of a run on a cluster something: `join`, `leave`, `stop`, `classes`; its answer.
+
+    Raises RaypipeError.
+    """
     if not (address or os.environ.get("RAY_ADDRESS")):
         show_local_token(make=False)
     import ray
@@ -77,7 +80,7 @@ def ask(run: str, address: str | None, method: str, *arguments: Any) -> None:
     cluster.connect(address or os.environ.get("RAY_ADDRESS") or "auto")
     try:
         coordinator: Any = ray.get_actor(f"coordinator/{run}", namespace=cluster.NAMESPACE)
-        ray.get(getattr(coordinator, method).remote(*arguments), timeout=GIVE_UP_S)
+        return ray.get(getattr(coordinator, method).remote(*arguments), timeout=GIVE_UP_S)
     except ValueError:
         raise ConfigError(f"no run named {run!r} is going on in this cluster") from None
     except ray.exceptions.RayTaskError as error:

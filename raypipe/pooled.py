@@ -87,6 +87,8 @@ class _Pooled:
     book: RunBook
 
     def __init__(self, said: RunConfig, run: str, stores: Path, until: Until) -> None:
+        if said.class_changes:
+            raise ConfigError("class_changes: pooled training has no versions to change them at; name the last list")
         self.run, self.until = run, until
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.shelves = shelves_of(said, stores, self.device)

@@ -94,7 +94,7 @@ def _replay(options: argparse.Namespace, console: Console) -> int:
     differ, said = list[str](), time.monotonic()
     for done, made in enumerate(replay.versions(), 1):
         if out is not None:
-            out.write(made.version, made.vector, replay.layout, model_card(replay.started, made.version))
+            out.write(made.version, made.vector, replay.layout, model_card(replay.started, made.version, replay.task))
             out.keep(made.version)
         if not made.same:
             what = f"version {made.version} differs: made again it is {made.found}, by the record {made.recorded}"

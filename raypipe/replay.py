@@ -17,16 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from raypipe.aggregation.variates import Learned, Sent, Variates
-from raypipe.compose import initial_model, machine, plan_of
+from raypipe.compose import first_stage, initial_model, machine, recorded_stage
 from raypipe.config.schema import RunConfig
+from raypipe.coordinator.stages import Stage
 from raypipe.errors import ConfigError, RunError, StoreError
 from raypipe.ledger.keys import digest
+from raypipe.models.growth import Growth
 from raypipe.models.tensors import vector_from
 from raypipe.run import policy_of
-from raypipe.store.messages import Ticket
+from raypipe.store.messages import Part, Ticket
 from raypipe.store.seeds import ticket_seed
+from raypipe.tasks.class_list import Change, ClassList
 from raypipe.tracking.journal import FILE, Journal, Record
 from raypipe.tracking.records import Kind, RunStarted
 from raypipe.tracking.versions import FOLDER, VersionStore
@@ -119,7 +123,8 @@ class Replay:
         if self._said.warm_start or self._said.closed_form is not None:  # its version 0 was given to the run
             given = VersionStore(folder / FOLDER).read(0)
             self._model.restore(vector_from(self._model.layout, given), self._model.state)
-        self._plan = plan_of(self._said, self.run, self._model.layout)
+        self._stage = first_stage(self._said, self.run, self._model.form)  # of the newest version
+        self._stages: dict[int, Stage] = {}  # by a version's place in the record
         self._needs = Needs.of(self._records)
         self._states: dict[str, State] = {}
 
@@ -131,6 +136,11 @@ class Replay:
     def layout(self) -> Any:
         """Of the vectors."""
         return self._model.layout
+
+    @property
+    def task(self) -> Part:
+        """That the newest version is of: its class list may have changed."""
+        return self._stage.plan.task
 
     def strange(self) -> list[str]:
         """What may be why a version differs: other machines than this one, a line each."""
@@ -148,9 +158,10 @@ class Replay:
             if record.kind == "version_published":
                 yield self._make(record)
             elif record.kind == "version_withdrawn":
-                point = self._point(self._needs.back[record.seq])
+                point = self._point(place := self._needs.back[record.seq])
                 assert point.vector is not None
-                self._model.restore(point.vector, point.state, point.variates)
+                self._stage = self._stages[place]
+                self._model.restore(point.vector, point.state, self._stage.form, point.variates)
 
     def _make(self, record: Record) -> Made:
         body, hints = record.body, list[str]()
@@ -160,10 +171,14 @@ class Replay:
             if part.get("digest") not in (None, "", digest(update)):
                 hints.append(f"{_name(part)} is not the one that the store signed")
             steps = part["steps"] if self._by_steps else None
-            for reason in self._model.fold([(update, part["weight"], steps)], [learned]).values():
+            form = self._stages[self._needs.bases[record.seq, part["base"]]].form
+            for reason in self._model.fold([(update, part["weight"], steps)], [form], [learned]).values():
                 hints.append(f"{_name(part)} is refused now: {reason}")
         if body["contributions"]:
             self._model.step(body["full_weight"], body["statistic_mix"])
+        if body.get("classes"):
+            self._grow(body)
+        self._stages[record.seq] = self._stage
         point = self._needs.points[record.seq]
         if point.uses:
             point.vector = self._model.vector.copy()
@@ -171,12 +186,18 @@ class Replay:
             point.variates = self._model.variates  # never changed in place
         return Made(body["version"], body["hash"], digest(self._model.vector), hints, self._model.vector)
 
+    def _grow(self, body: dict[str, Any]) -> None:
+        before, self._stage = self._stage, recorded_stage(self._stage, body)
+        change, classes = TypeAdapter(Change).validate_python(body["classes"]["change"]), ClassList.of(before.plan.task)
+        self._model.grow(Growth(before.form, self._stage.form, classes.live, classes.begins(change)))
+
     def _trained(self, seq: int, part: dict[str, Any], hints: list[str]) -> tuple[Array, Learned | None]:
         """The update, and what its control variate is derived from."""
         store, after = part["store"], part["after"]
         if after and after not in self._states:
             raise RunError(f"{_name(part)} went on from the optimizer state of ticket {after}, not in the record")
-        base = self._point(self._needs.bases[seq, part["base"]])
+        place = self._needs.bases[seq, part["base"]]
+        base = self._point(place)
         weights, sent = base.vector, Sent(store) if base.variates is None else base.variates.sent(store)
         assert weights is not None
         if part.get("data_hash") not in (None, "", self._stores[store].content_hash(self._said.data)):
@@ -191,7 +212,8 @@ class Replay:
             max_steps=part["steps"],
         )
         try:
-            again = self._stores[store].train(ticket, self._plan, weights, self._states.get(after), sent.correction())
+            plan = self._stages[place].plan
+            again = self._stores[store].train(ticket, plan, weights, self._states.get(after), sent.correction())
         except StoreError as error:
             raise RunError(f"{_name(part)} cannot be trained again: {error.message}") from None
         outcome = again.outcome

@@ -23,6 +23,7 @@ from raypipe.registry import Registry
 from raypipe.store.optimizers import optimizers
 from raypipe.store.schedules import schedules
 from raypipe.tasks import Task, tasks
+from raypipe.tasks.class_list import Change, ClassList, lists, twice
 from raypipe.tasks.metrics import lower_is_better
 from raypipe.tracking.lineage import flat_params
 from raypipe.types import Layout, Role
@@ -38,7 +39,34 @@ def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         policy_of(config)
     except ValueError as error:
         raise ConfigError(f"pacing: {error}") from None
+    if problems := _class_problems(config):
+        raise ConfigError(problems)
     return config
+
+
+def classes_of(config: RunConfig) -> tuple[ClassList | None, dict[int, Change]]:
+    """A run's first class list, None where it may not change; and the changes that are planned, by version."""
+    said = {one.at_version: one for one in config.class_changes}
+    changes = {v: Change(tuple(one.add), tuple(one.merge.items()), tuple(one.retire)) for v, one in said.items()}
+    try:
+        return ClassList.of(config.task), changes
+    except ConfigError:
+        return None, changes
+
+
+def _class_problems(config: RunConfig) -> list[str]:
+    """What is wrong with the changes of the class list."""
+    at, last = [one.at_version for one in config.class_changes], config.stop.max_versions
+    problems = [f"class_changes: version {v} is named twice; make one change of both" for v in twice(map(str, at))]
+    late = [v for v in at if last is not None and v >= last]
+    problems += [f"class_changes: version {v} comes too late: the run ends with version {last}" for v in late]
+    if problems or not at:
+        return problems
+    try:
+        lists(ClassList.of(config.task), classes_of(config)[1])
+    except ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 HARMLESS = (

@@ -121,7 +121,7 @@ class Federation:
             case.site.settle(Verdict(name, number + 1))
             portions.append((update, float(NUMS[store]), None))
             learned.append(Learned(sent, report.steps, 0.0, float(NUMS[store]), number))
-        assert self.sum.fold(portions, learned) == {}
+        assert self.sum.fold(portions, learned=learned) == {}
         self.sum.step(1.0, 1.0)
 
     def gradients(self) -> Callable[[str, Array], Array]:
@@ -251,7 +251,7 @@ def test_statistics_have_no_variate_and_a_refused_update_leaves_none() -> None:
     model, update = model_of(layout), np.zeros(layout.update_size, np.float32)
     update[0], update[layout.statistic.start] = -2.0, 7.0
     learned = [Learned(Sent(store), 1, 0.0, 1.0, 0) for store in ("a", "b")]
-    refused = model.fold([(update, 1.0, None), (np.full_like(update, np.nan), 1.0, None)], learned)
+    refused = model.fold([(update, 1.0, None), (np.full_like(update, np.nan), 1.0, None)], learned=learned)
     assert list(refused) == [1]
     assert model.variates is not None
     assert not model.variates.known, "not before the version"
@@ -267,7 +267,7 @@ def test_of_two_updates_in_one_version_the_later_counts() -> None:
     layout = Layout.of([("w", (1,), "float32", Role.SHARED)])
     model = model_of(layout)
     updates = [np.full(layout.update_size, -float(n), np.float32) for n in (1, 2)]
-    model.fold([(u, 1.0, None) for u in updates], [Learned(Sent("a"), 1, 0.0, 1.0, 0)] * 2)
+    model.fold([(u, 1.0, None) for u in updates], learned=[Learned(Sent("a"), 1, 0.0, 1.0, 0)] * 2)
     model.step(1.0, 1.0)
     assert model.variates is not None
     assert model.variates.known["a"].values[0] == 2.0

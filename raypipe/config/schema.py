@@ -170,6 +170,15 @@ class Ledger(Section):
     roster: Literal["tofu", "closed"] = "tofu"  # closed: only keys that were enrolled by hand
 
 
+class ClassChange(Section):
+    """The class list from a version on; see tasks/class_list.py. While a run goes on: `raypipe classes`."""
+
+    at_version: Count  # the first with the new list
+    add: list[str] = []
+    merge: dict[str, str] = {}  # a class that is no more -> the one that its images count for
+    retire: list[str] = []
+
+
 class Local(Section):
     """Only where raypipe itself starts Ray on one machine: the private data sets to make there."""
 
@@ -188,6 +197,7 @@ class RunConfig(Section):
     seed: int = 0
     data: str = "products"  # the data set's name; where it lies says each store's own policy file
     task: Part = {"name": "classification"}
+    class_changes: list[ClassChange] = []
     model: Part = {"name": "small_cnn"}
     warm_start: str | None = None  # a .safetensors file or models:/NAME@alias
     closed_form: Positive | None = None  # ridge penalty of version 0's head by least squares, from one upload a store

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from raypipe.tasks.class_list import Change
+
 
 @dataclass(frozen=True, slots=True)
 class Train:
@@ -45,6 +47,7 @@ class Portion:
     weight: float
     steps: int | None
     worth: float = 1.0  # its weight were it not stale
+    base: int = 0  # the version that it was trained from
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class Publish:
     contributions: tuple[Contribution, ...]
     full_weight: float  # what the weights would sum to were nothing stale, for the normalisation by K
     statistic_mix: float  # how far statistics move to the contributors' mean
+    change: Change | None = None  # of the class list, from this version on
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import ray
+from pydantic import TypeAdapter
 
 from raypipe.config.schema import RunConfig, Store
 from raypipe.coordinator import events as ev
@@ -22,8 +23,10 @@ from raypipe.coordinator.closing import conclude, unjudged
 from raypipe.coordinator.composition import Composition
 from raypipe.coordinator.loop import drive
 from raypipe.coordinator.shell import Handle, Shell
-from raypipe.errors import RaypipeError, RunError, StoreSuperseded
+from raypipe.errors import ConfigError, RaypipeError, RunError, StoreSuperseded
+from raypipe.models.growth import no_growth
 from raypipe.store.actor import StoreClient
+from raypipe.tasks.class_list import Change
 from raypipe.tracking.actor import MlflowFollower
 
 RETRY_S = 5.0
@@ -129,6 +132,21 @@ class Coordinator:
             shell = self._composition.shell
             shell.inbox.put_nowait(ev.StoreAdded(added.id, shell.clock()))
 
+    async def classes(self, change: dict[str, Any], wanted: int | None) -> int:
+        """Change the class list; the version from which on it is another. Raises ConfigError, RunError."""
+        made = self._composition
+        if made is None or made.machine.ending is not None:
+            raise RunError(f"the run {'has not begun yet' if made is None else 'ends'}: its classes stay as they are")
+        asked = TypeAdapter(Change).validate_python(change)
+        version = made.machine.place(asked, wanted)
+        if asked.add and not made.stages.at(0).form.rows:
+            raise ConfigError(no_growth(made.config.model["name"]))
+        last = made.config.stop.max_versions
+        if last is not None and version >= last:
+            raise ConfigError(f"version {version} is too late for new classes: the run ends with version {last}")
+        made.shell.inbox.put_nowait(ev.ClassesAsked(asked, version, made.shell.clock()))
+        return version
+
     async def leave(self, store: str) -> None:
         """Let a store go; what it has contributed stays."""
         if self._composition is None or store not in self._keeping:
@@ -220,7 +238,11 @@ class Coordinator:
             kwargs["notary"] = made.notary
             if (average := shell.model.average) is not None:
                 kwargs["average"] = ray.put(average)
-            judging = conclude(ports, made.board, made.plan, alone=made.config.evaluate.alone, test=judge, **kwargs)
+            plans, alone = (made.stages.at(best), made.stages.at(machine.version)), made.config.evaluate.alone
+            kwargs["averaged"] = plans[1].plan
+            # Alone from version 0 a store would have learned other classes: that is no comparison.
+            alone = alone and not plans[0].since
+            judging = conclude(ports, made.board, plans[0].plan, alone=alone, test=judge, **kwargs)
             nothing: Judged = (unjudged(made.board), {}, {})
             table, test, averaged = await self._unless_stopped(judging) or nothing
         reason = made.ending(self._stop_reason)

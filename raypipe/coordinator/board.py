@@ -61,6 +61,10 @@ class Board:
             self._version(body)
         elif kind == "evaluated":
             self._evaluated(body)
+        elif kind == "classes_planned":
+            self.lines.append(f"classes from version {body['version']} on: {body['change']}")
+        elif kind == "classes_refused":
+            self.lines.append(f"the classes stay as they are: {body['reason']}")
         elif kind == "version_withdrawn":
             self.lines.append(f"version {body['version']} is withdrawn and will be made again: {body['reason']}")
 
@@ -113,6 +117,9 @@ class Board:
         self.version, self.elapsed_s = body["version"], body["elapsed_s"]
         self.bytes_total = body["bytes_total"]
         self.bytes_up += body["bytes_up"]
+        if body.get("classes"):
+            names, gone = body["classes"]["task"]["classes"], body["classes"]["task"]["gone"]
+            self.lines.append(f"version {self.version} has another class list: {len(names) - len(gone)} classes")
         for part in body["contributions"]:
             row = self.rows[part["store"]]
             row.updates += 1

@@ -31,18 +31,20 @@ async def conclude(
     test: bool,
     notary: Notary | None = None,
     average: Handle | None = None,
+    averaged: msg.Plan | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, float], dict[str, float]]:
     """A row a store: its numbers from the record, the shared model's and its own model's score on the test split; and
     the shared model's metrics on all stores' test images together, the run's own metric first; and the same of
-    `average`, the running average of the versions, where the server keeps one.
+    `average`, the running average of the versions, where the server keeps one; `averaged`: its plan, where the class
+    list has changed since the best version.
 
     The model trained alone starts from version 0 and takes as many steps as the store's share of the run took; it
     never leaves the store. What a store cannot answer in time stays None.
     """
-    raw = msg.encode(plan)
+    raw, newest = msg.encode(plan), msg.encode(averaged or plan)
 
-    async def shared(store: str, weights: Handle) -> msg.Evaluation:
-        return await ports[store].evaluate(raw, weights, "test")
+    async def shared(store: str, weights: Handle, plan: bytes) -> msg.Evaluation:
+        return await ports[store].evaluate(plan, weights, "test")
 
     async def own(store: str, steps: int) -> msg.Evaluation | None:
         ticket = msg.Ticket(
@@ -63,8 +65,8 @@ async def conclude(
 
     rows = {row["store"]: row for row in unjudged(board)}
     there = [s for s, row in rows.items() if row["state"] in ("ready", "training") and s in ports]
-    judged = await _all({s: shared(s, best) for s in there if test})
-    averaged = await _all({s: shared(s, average) for s in there if test and average is not None})
+    judged = await _all({s: shared(s, best, raw) for s in there if test})
+    mean = await _all({s: shared(s, average, newest) for s in there if test and average is not None})
     able = [s for s in there if test and alone and rows[s]["steps"] and rows[s]["seconds"] < PATIENCE_S]
     alone_judged = await _all({s: own(s, rows[s]["steps"]) for s in able})
 
@@ -72,7 +74,7 @@ async def conclude(
         return _metrics([evaluation]).get(board.metric)
 
     table = [{**r, "shared": score(judged.get(s)), "alone": score(alone_judged.get(s))} for s, r in rows.items()]
-    return table, _pooled(judged, board.metric), _pooled(averaged, board.metric)
+    return table, _pooled(judged, board.metric), _pooled(mean, board.metric)
 
 
 def _pooled(judged: dict[str, msg.Evaluation | None], metric: str) -> dict[str, float]:

@@ -14,6 +14,7 @@ from raypipe.coordinator.board import Board
 from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.notary import Notary
 from raypipe.coordinator.shell import Shell
+from raypipe.coordinator.stages import Stages
 from raypipe.store.messages import Plan
 
 
@@ -25,7 +26,7 @@ class Composition:
     machine: Coordinator
     shell: Shell
     board: Board
-    plan: Plan
+    stages: Stages
     home: Path
     folder: Path
     epoch: int
@@ -35,6 +36,11 @@ class Composition:
     begin: Callable[[], None]  # the newest version durable and fetchable
     first: list[Action]  # what is to be done before anything happens
     notary: Notary | None  # where the run keeps a ledger
+
+    @property
+    def plan(self) -> Plan:
+        """What the run's tickets were told at first."""
+        return self.stages.at(0).plan
 
     def ending(self, stop_reason: str) -> str:
         """Why the run ended, in a few words."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from raypipe.tasks.class_list import Change
+
 
 @dataclass(frozen=True, slots=True)
 class StoreJoined:
@@ -196,6 +198,15 @@ class StopAsked:
     at: float
 
 
+@dataclass(frozen=True, slots=True)
+class ClassesAsked:
+    """Somebody wants the class list to be another: from a version on, or (None) from the next one that is possible."""
+
+    change: Change
+    version: int | None
+    at: float
+
+
 Event: TypeAlias = (
     StoreJoined
     | Resumed
@@ -217,4 +228,5 @@ Event: TypeAlias = (
     | EvaluationFailed
     | Tick
     | StopAsked
+    | ClassesAsked
 )

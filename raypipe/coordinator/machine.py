@@ -79,6 +79,8 @@ class Coordinator(Run):
             case ev.StopAsked(reason=reason):
                 self.closing_s = STOPPED_S
                 actions += ending.end(self, reason, at)
+            case ev.ClassesAsked(change=change, version=version):
+                actions += versions.classes_asked(self, change, version)
             case ev.Tick():
                 pass
         actions += tickets.expire(self, at)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from statistics import median
 
@@ -16,6 +16,7 @@ from raypipe.coordinator import actions as do
 from raypipe.coordinator import rotation
 from raypipe.coordinator.policy import FIRST_BUDGET_S, LEAST_BUDGET_S, TRAINS, Policy
 from raypipe.coordinator.state import Member, Memory, Phase, Scores, Ticket
+from raypipe.tasks.class_list import Change, ClassList, placed
 
 CLOSING_S = 30.0  # for the last judgement, before the run finishes without it
 STOPPED_S = 5.0  # the same when somebody wants the run to end now
@@ -34,8 +35,13 @@ class Run:
         metric: str,
         chance: Callable[[int], random.Random],
         start_at: float,
+        classes: ClassList | None = None,
+        changes: Mapping[int, Change] | None = None,
     ) -> None:
-        """`chance`: a version's own random numbers, so that there is no random state to be saved."""
+        """`chance`: a version's own random numbers, so that there is no random state to be saved.
+
+        `classes`: as the run begins, where they may change; `changes`: those that are planned.
+        """
         self.policy = policy
         self.epoch = 1
         self.members = {store: Member(store, asked=policy.max_active_stores is None) for store in sorted(stores)}
@@ -51,7 +57,8 @@ class Run:
         self.ending: tuple[str, float] | None = None  # why, since when
         self.awaited: set[str] | None = None  # stores whose last judgement is awaited, once it was asked for
         self.finished = False
-        self.chance = chance
+        self.changes = dict(changes or {})
+        self.chance, self._classes = chance, classes
         self.issued = self.places = self.told = 0
         self.central_busy = False
         self.closing_s = CLOSING_S
@@ -110,6 +117,11 @@ class Run:
         known = [m.overhead_s for m in self.members.values() if m.last_s is not None and (m.turns > 1 or begins)]
         budget = max(LEAST_BUDGET_S, TRAINS * median(known)) if known else FIRST_BUDGET_S
         return budget if policy.deadline_s is None else min(budget, policy.deadline_s)
+
+    def place(self, change: Change, wanted: int | None) -> int:
+        """The version from which on a change of the class list would hold. Raises ConfigError where it cannot be."""
+        soonest = self.version + 1 + (self.publishing is not None)
+        return placed(self._classes, self.changes, change, soonest=soonest, wanted=wanted)
 
     def waiting(self) -> list[Member]:
         """Stores without an actor that could have one."""

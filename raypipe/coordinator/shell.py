@@ -29,11 +29,14 @@ from raypipe.coordinator import events as ev
 from raypipe.coordinator.board import Board
 from raypipe.coordinator.diary import Diary
 from raypipe.coordinator.notary import Checked, Notary
+from raypipe.coordinator.stages import Stage, Stages
 from raypipe.coordinator.state import Memory
 from raypipe.errors import ConfigError, RunError, StoreClosed, StoreError, StoreRefused, StoreSuperseded
 from raypipe.ledger.follow import KINDS
+from raypipe.models.growth import Form, Growth
 from raypipe.store import messages as msg
 from raypipe.store.seeds import ticket_seed
+from raypipe.tasks.class_list import Change, ClassList
 from raypipe.tasks.metrics import means
 from raypipe.types import Layout
 
@@ -71,14 +74,19 @@ class Port(Protocol):
 class Model(Protocol):
     """The global model; see aggregation/global_model.py."""
 
-    layout: Layout
     variates: Variates | None  # of the newest version; None in a run without
 
     @property
+    def layout(self) -> Layout: ...
+    @property
     def vector(self) -> np.ndarray: ...
     def fold(
-        self, portions: Sequence[tuple[np.ndarray, float, int | None]], learned: Sequence[Learned | None]
+        self,
+        portions: Sequence[tuple[np.ndarray, float, int | None]],
+        forms: Sequence[Form] | None,
+        learned: Sequence[Learned | None],
     ) -> dict[int, str]: ...
+    def grow(self, growth: Growth) -> None: ...
     @property
     def state(self) -> Mapping[str, np.ndarray]: ...
     @property
@@ -101,7 +109,9 @@ class Book(Protocol):
     def variates(self) -> Tables: ...
     def record(self, kind: str, body: Mapping[str, Any]) -> None: ...
     def hash(self, vector: np.ndarray) -> str: ...
-    def write(self, version: int, vector: np.ndarray, layout: Layout, state: Mapping[str, np.ndarray]) -> None: ...
+    def write(
+        self, version: int, vector: np.ndarray, layout: Layout, state: Mapping[str, np.ndarray], task: msg.Part
+    ) -> None: ...
     def force(self, version: int) -> None: ...
     def keep(self, version: int) -> None: ...
     def read(self, version: int, layout: Layout) -> np.ndarray: ...
@@ -119,7 +129,8 @@ class Shell:
         run: str,
         seed: int,
         epoch: int,
-        plan: msg.Plan,
+        stages: Stages,
+        next_stage: Callable[[Stage, int, Change], Stage],
         how: list[msg.Part],
         max_epochs: float | None,
         max_steps: int | None,
@@ -134,7 +145,10 @@ class Shell:
         notary: Notary | None = None,
         asks_all: bool = True,
     ) -> None:
-        """`asks_all`: stores are had in the run from the start; else when the machine asks for them."""
+        """`asks_all`: stores are had in the run from the start; else when the machine asks for them.
+
+        `next_stage`: what follows one at a version whose class list changes.
+        """
         self.inbox: asyncio.Queue[ev.Event] = asyncio.Queue()
         self.ports: dict[str, Port] = {}
         self.model, self.book, self.board, self.put = model, book, board, put
@@ -143,7 +157,7 @@ class Shell:
         self._asks_all = asks_all
         self._asked: dict[str, asyncio.Event] = {}
         self._visits: dict[str, asyncio.Task[None]] = {}
-        self.plan = msg.encode(plan)
+        self.stages, self._next_stage = stages, next_stage
         self._run, self._seed, self._epoch, self._how = run, seed, epoch, how
         self._max_epochs, self._max_steps = max_epochs, max_steps
         self._handles: dict[int, Handle] = {}
@@ -160,8 +174,8 @@ class Shell:
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
         self._bytes_down = self._bytes_total = 0
-        self._still: Handle = None  # of frozen weights, made at the first version
-        self._has_still: set[str] = set()  # stores that were given them
+        self._still: dict[int, Handle] = {}  # of frozen weights, made at the first version of a stage
+        self._has_still: set[tuple[str, int]] = set()  # stores that were given them
         self._started = self._published = clock()
 
     async def perform(self, action: do.Action) -> ev.Event | None:
@@ -238,7 +252,7 @@ class Shell:
                 tries = min(tries + 1, 16)
                 continue
             said, tries = "", 0
-            self._has_still.discard(store)  # it may be another process
+            self._has_still = {(s, stage) for s, stage in self._has_still if s != store}  # it may be another process
             counts = card.data.get(self._data, {})
             body = {"store": store, "counts": counts, "cpus": card.cpus, "gpu": card.gpu, "node": card.node}
             body |= {"key": card.key, "limits": card.limits}
@@ -281,7 +295,7 @@ class Shell:
 
     @property
     def _data(self) -> str:
-        return msg.expect(msg.Plan, self.plan).data
+        return self.stages.at(0).plan.data
 
     # -- tickets --------------------------------------------------------------------------------------------
 
@@ -341,7 +355,8 @@ class Shell:
             more = [self.put(correction)]
             self._bytes_down += correction.nbytes
             self._bytes_total += correction.nbytes
-        report = await self.ports[action.store].train(ticket, self.plan, handle, self._how, *more)
+        plan = self.stages.at(action.version).raw
+        report = await self.ports[action.store].train(ticket, plan, handle, self._how, *more)
         if sent is not None:
             self._learned[action.ticket] = Learned(sent, report.steps, action.progress[0], 1.0, action.version)
         return report
@@ -376,7 +391,7 @@ class Shell:
         self._holds[action.version] += 1
         try:
             port, handle = self.ports[action.store], await self._handle(action.version)
-            judged = await port.evaluate(self.plan, handle, "validation")
+            judged = await port.evaluate(self.stages.at(action.version).raw, handle, "validation")
             return self._judged(action.version, action.store, judged)
         except StoreSuperseded:
             raise
@@ -395,10 +410,10 @@ class Shell:
         """An older one only after the coordinator was away: from the disk. Raises StoreError where it is gone."""
         if version not in self._handles:
             try:
-                vector = await asyncio.to_thread(self.book.read, version, self.model.layout)
+                vector = await asyncio.to_thread(self.book.read, version, self.stages.at(version).layout)
             except (ConfigError, RunError) as error:
                 raise StoreError(error.message) from None
-            self._handles[version] = self._fetchable(vector)
+            self._handles[version] = self._fetchable(version, vector)
         return self._handles[version]
 
     async def _sent_with(self, action: do.Train) -> Sent | None:
@@ -412,22 +427,24 @@ class Shell:
             self._tables[action.version] = table
         return self._tables[action.version].sent(action.store)
 
-    def _fetchable(self, vector: np.ndarray) -> Handle:
-        """A version for the stores; frozen weights are the first version's own, fetchable once for all."""
-        layout = self.model.layout
+    def _fetchable(self, version: int, vector: np.ndarray) -> Handle:
+        """A version for the stores; frozen weights are those of its stage's first version, fetchable once for all."""
+        stage = self.stages.at(version)
+        layout = stage.layout
         if not layout.splits:
             return self.put(vector)
-        if self._still is None:
-            self._still = self.put(vector[layout.update_size :].copy())
-        return msg.Parts(self.put(vector[: layout.update_size]), self._still)
+        if stage.since not in self._still:
+            self._still[stage.since] = self.put(vector[layout.update_size :].copy())
+        return msg.Parts(self.put(vector[: layout.update_size]), self._still[stage.since])
 
     def _count_down(self, version: int, store: str) -> None:
         if (version, store) in self._sent:
             return
         self._sent.add((version, store))
-        layout = self.model.layout
-        num_bytes = 4 * (layout.update_size if layout.splits and store in self._has_still else layout.size)
-        self._has_still.add(store)
+        stage = self.stages.at(version)
+        layout, given = stage.layout, (store, stage.since)
+        num_bytes = 4 * (layout.update_size if layout.splits and given in self._has_still else layout.size)
+        self._has_still.add(given)
         self._bytes_down += num_bytes
         self._bytes_total += num_bytes
 
@@ -489,7 +506,8 @@ class Shell:
         arrays = [self._updates.pop(p.ticket) for p in portions]
         told = [(self._learned.pop(p.ticket, None), p.worth) for p in portions]
         learned = [None if what is None else replace(what, worth=worth) for what, worth in told]
-        refused = self.model.fold([(a, p.weight, p.steps) for a, p in zip(arrays, portions, strict=True)], learned)
+        ready = [(a, p.weight, p.steps) for a, p in zip(arrays, portions, strict=True)]
+        refused = self.model.fold(ready, [self.stages.at(p.base).form for p in portions], learned)
         reasons = {portions[index].ticket: reason for index, reason in refused.items()}
         at = self.clock()
         answers: list[ev.Event | None] = []
@@ -502,10 +520,11 @@ class Shell:
     def _publish(self, action: do.Publish) -> ev.Event:
         """Step, then hash and hand out side by side; the record is the last word."""
         norm = self.model.step(action.full_weight, action.statistic_mix)
-        vector = self.model.vector
-        fetchable = self._beside.submit(self._fetchable, vector)
-        state = self.model.state
-        written = self._disk.submit(self._patiently, self.book.write, action.version, vector, self.model.layout, state)
+        changed = {} if action.change is None else {"classes": self._change_classes(action.version, action.change)}
+        vector, stage = self.model.vector, self.stages.at(action.version)
+        fetchable = self._beside.submit(self._fetchable, action.version, vector)
+        weights = (action.version, vector, stage.layout, self.model.state, stage.plan.task)
+        written = self._disk.submit(self._patiently, self.book.write, *weights)
         if (variates := self.model.variates) is not None:
             written = self._disk.submit(self._write_both, written, action.version, variates)
             self._tables[action.version] = variates
@@ -525,6 +544,7 @@ class Shell:
             "step_norm": norm,
             "full_weight": action.full_weight,
             "statistic_mix": action.statistic_mix,
+            **changed,
         }
         self._bytes_down, self._published = 0, now
         written.result()
@@ -538,6 +558,14 @@ class Shell:
         """In the disk's thread, after the weights."""
         weights.result()
         self._patiently(self.book.variates.write, version, variates)
+
+    def _change_classes(self, version: int, change: Change) -> dict[str, Any]:
+        """The newest version in its next stage; what the record says of it."""
+        stage, classes = self.stages.at(version - 1), ClassList.of(self.stages.at(version - 1).plan.task)
+        then = self._next_stage(stage, version, change)
+        self.model.grow(Growth(stage.form, then.form, classes.live, classes.begins(change)))
+        self.stages.add(then)
+        return {"change": asdict(change), "task": then.plan.task, "layout": then.layout.to_json()}
 
     async def _keep(self, action: do.Keep) -> ev.Event:
         in_use = frozenset(self._unjudged | {v for v, held in self._holds.items() if held > 0})
@@ -573,20 +601,20 @@ class Shell:
         facts = {"version": 0, "parent": None, "hash": self.book.hash(self.model.vector), "at": self.wall()}
         nothing = {"elapsed_s": 0.0, "seconds": 0.0, "contributions": [], "bytes_up": 0, "bytes_down": 0}
         step = {"step_norm": 0.0, "full_weight": 0.0, "statistic_mix": 0.0}
-        self.book.write(0, self.model.vector, self.model.layout, self.model.state)
+        self.book.write(0, self.model.vector, self.model.layout, self.model.state, self.stages.at(0).plan.task)
         if self.model.variates is not None:
             self.book.variates.write(0, self.model.variates)
             self._tables[0] = self.model.variates
         self.book.force(0)  # there is no version before it to go back to
         self.record("version_published", {**facts, **nothing, "bytes_total": self._bytes_total, **step})
         self.book.keep(0)
-        self._handles[0] = self._fetchable(self.model.vector)
+        self._handles[0] = self._fetchable(0, self.model.vector)
 
     def resume(self, last: Mapping[str, Any]) -> None:
         """The newest version, by its record, fetchable again."""
         self._started, self._published = self.clock() - last["elapsed_s"], self.clock()
         self._bytes_total = last["bytes_total"]
-        self._handles[last["version"]] = self._fetchable(self.model.vector)
+        self._handles[last["version"]] = self._fetchable(last["version"], self.model.vector)
         if self.model.variates is not None:
             self._tables[last["version"]] = self.model.variates
 

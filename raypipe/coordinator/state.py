@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from raypipe.coordinator.actions import Contribution, Publish, Train
+from raypipe.tasks.class_list import Change
 from raypipe.tasks.metrics import derived
 
 KEPT = 16  # versions for which each store's own word is remembered
@@ -113,6 +114,7 @@ class Scores:
     scored: dict[int, float] = field(default_factory=dict)
     closed: set[int] = field(default_factory=set)
     since_best: int = 0  # versions scored that are newer than the best
+    since: int = 0  # versions before it had other classes: their scores are no match for the newer ones
 
     def add(self, version: int, store: str, metrics: dict[str, float], num_examples: int) -> None:
         """A store's word on a version."""
@@ -120,8 +122,9 @@ class Scores:
 
     def close(self, version: int) -> dict[str, float] | None:
         """The version's metrics over all stores' images, once; None when no store has judged anything yet."""
-        rows = {s: (m, n) for s, (v, m, n) in self.earlier.items() if v <= version}
-        for at in sorted(v for v in self.judged if v <= version):
+        first = self.since if version >= self.since else 0
+        rows = {s: (m, n) for s, (v, m, n) in self.earlier.items() if first <= v <= version}
+        for at in sorted(v for v in self.judged if first <= v <= version):
             rows |= self.judged[at]
         if self.central is not None:
             rows = {s: row for s, row in rows.items() if s == self.central}
@@ -133,7 +136,9 @@ class Scores:
         mean = derived({name: sum(m.get(name, 0.0) * n for m, n in rows.values()) / total for name in names})
         if self.metric in mean:
             self.scored[version] = mean[self.metric]
-            if self.best is None or self._better(mean[self.metric], self.best[1]):
+            over = self.best is not None and self.best[0] < self.since <= version
+            late = self.best is not None and version < self.since <= self.best[0]
+            if self.best is None or over or (not late and self._better(mean[self.metric], self.best[1])):
                 self.best = (version, mean[self.metric])
                 self.since_best = sum(v > version for v in self.scored)
             elif version > self.best[0]:
@@ -143,6 +148,10 @@ class Scores:
             self.earlier |= {s: word for s, word in words.items() if s not in self.earlier or self.earlier[s][0] < old}
         return mean
 
+    def begin_anew(self, version: int) -> None:
+        """From this version on there are other classes."""
+        self.since = version
+
     def withdraw(self, version: int) -> None:
         """Forget what was said of a version that is no more."""
         self.judged.pop(version, None)
@@ -150,7 +159,8 @@ class Scores:
         self.closed.discard(version)
         if self.best is not None and self.best[0] == version:
             pick = min if self.lower_is_better else max
-            at = pick(self.scored, key=self.scored.__getitem__) if self.scored else None
+            there = [v for v in self.scored if v >= self.since] or list(self.scored)
+            at = pick(there, key=self.scored.__getitem__) if there else None
             self.best = None if at is None else (at, self.scored[at])
 
     def _better(self, one: float, other: float) -> bool:
@@ -190,3 +200,4 @@ class Memory:
     empty_since: float | None
     now: float
     told: int = 0  # records so far
+    changes: dict[int, Change] = field(default_factory=dict)  # of the class list, planned or made, by version

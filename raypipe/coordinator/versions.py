@@ -9,6 +9,8 @@ from raypipe.coordinator import ending, tickets
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.run import STOPPED_S, Run
 from raypipe.coordinator.state import Phase, Ticket
+from raypipe.errors import ConfigError
+from raypipe.tasks.class_list import Change
 
 
 def fold(run: Run) -> list[do.Action]:
@@ -27,7 +29,8 @@ def fold(run: Run) -> list[do.Action]:
         if _weigh(run, ticket):
             ticket.phase = Phase.FOLDING
             steps = ticket.steps if run.policy.weigh == "steps" else None
-            portions.append(do.Portion(ticket.id, ticket.store, ticket.weight, steps, ticket.worth))
+            known = (ticket.id, ticket.store, ticket.weight, steps, ticket.worth, ticket.base)
+            portions.append(do.Portion(*known))
         else:
             del run.tickets[ticket.id]
             reason = f"trained on version {ticket.base}, {ticket.staleness} versions ago"
@@ -78,9 +81,8 @@ def publish(run: Run) -> list[do.Action]:
     there = max(1, sum(m.counts(run.now) for m in run.members.values()))
     contributions = tuple(_contribution(t, total) for t in summed)
     stores = len({t.store for t in summed})
-    run.publishing = do.Publish(
-        run.version + 1, contributions, math.fsum(t.worth for t in summed), min(1.0, stores / there)
-    )
+    full, mix, version = math.fsum(t.worth for t in summed), min(1.0, stores / there), run.version + 1
+    run.publishing = do.Publish(version, contributions, full, mix, run.changes.get(version))
     for ticket in summed:
         ticket.phase = Phase.PUBLISHED
     return [run.publishing]
@@ -91,6 +93,8 @@ def published(run: Run, event: ev.Published) -> list[do.Action]:
     if run.publishing is None or event.version != run.publishing.version:
         return []
     run.unkept[event.version] = run.publishing.contributions
+    if run.publishing.change is not None:
+        run.scores.begin_anew(event.version)
     run.publishing, run.version = None, event.version
     return [do.Keep(event.version), *ending.judge_centrally(run), *ending.close_scores(run)]
 
@@ -119,6 +123,16 @@ def kept(run: Run, version: int) -> list[do.Action]:
     for contribution in contributions:
         run.tickets.pop(contribution.ticket, None)
     return [do.Settle(c.store, c.ticket, version) for c in contributions]
+
+
+def classes_asked(run: Run, change: Change, wanted: int | None) -> list[do.Action]:
+    """Another class list, from a version on. Whoever asked was told what can be: this may be later by a version."""
+    try:
+        version = run.place(change, wanted)
+    except ConfigError as error:
+        return [do.Record("classes_refused", {"reason": error.message})]
+    run.changes[version] = change
+    return [do.Record("classes_planned", {"version": version, "change": change.line})]
 
 
 def _contribution(ticket: Ticket, total: float) -> do.Contribution:

@@ -125,6 +125,8 @@ class Detect(nn.Module):
 class Yolov5(nn.Module):
     """See yolov5.py. `model.24` is the head; the parts without parameters have their numbers too."""
 
+    restricts = True  # `loss` takes `among`
+
     def __init__(
         self,
         num_classes: int,
@@ -188,16 +190,17 @@ class Yolov5(nn.Module):
             flat.append(torch.cat((centre, sides, share[..., 4:]), -1).flatten(1, 3))
         return torch.cat(flat, 1)
 
-    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Box, object and class loss together, a scalar."""
+    def loss(self, images: Tensor, targets: Tensor, among: Sequence[int] | None = None) -> Tensor:
+        """Box, object and class loss together, a scalar. `among`: the class loss is over these classes alone."""
         maps = self.raw(images)
+        chosen = None if among is None else torch.tensor(among, device=images.device)
         with full_precision(images.device):
-            parts = [self._level(level, found.float(), targets) for level, found in enumerate(maps)]
+            parts = [self._level(level, found.float(), targets, chosen) for level, found in enumerate(maps)]
             box, objects, classes = (torch.stack(part).sum() for part in zip(*parts, strict=True))
             gains = self._gains
             return gains.box * box + gains.objects * objects + gains.classes * classes
 
-    def _level(self, level: int, found: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _level(self, level: int, found: Tensor, targets: Tensor, among: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """A box is the business of each anchor of like sides, in its own cell and in the two nearest ones."""
         anchors, (height, width) = self.head.anchors[level], found.shape[2:4]
         wanted = found.new_zeros(found.shape[:4])
@@ -216,7 +219,10 @@ class Yolov5(nn.Module):
             wanted.view(-1).scatter_reduce_(0, place, quality, "amax")  # of two boxes on one place the better counts
             if self.num_classes > 1:
                 label = functional.one_hot(target[:, 1].long(), self.num_classes).to(mine.dtype)
-                classes = functional.binary_cross_entropy_with_logits(mine[:, 5:], label)
+                guess = mine[:, 5:]
+                if among is not None:
+                    guess, label = guess.index_select(1, among), label.index_select(1, among)
+                classes = functional.binary_cross_entropy_with_logits(guess, label)
         objects = functional.binary_cross_entropy_with_logits(found[..., 4], wanted)
         return box, BALANCE[level] * objects, classes
 

@@ -40,6 +40,10 @@ class Examples(Protocol):
     def bad(self) -> AbstractSet[int]:
         """Those of `total` that cannot be read."""
 
+    @property
+    def labelled(self) -> tuple[int, ...] | None:
+        """Outputs that training is about, by number, see Task.labelled; None: all."""
+
     def check(self, max_bad_share: float) -> None:
         """Raises StoreRefused when there is nothing, or more than this share cannot be read."""
 
@@ -65,8 +69,9 @@ class Images:
         what: str,
         max_bytes: int,
         threads: int = 1,
+        labelled: tuple[int, ...] | None = None,
     ) -> None:
-        self.total = len(split)
+        self.total, self.labelled = len(split), labelled
         self.num_bytes = self.total * task.channels * task.image_size**2
         self.bad: set[int] = set()
         self._split, self._task, self._what, self._threads = split, task, what, threads

@@ -26,6 +26,9 @@ class Joined:
         self.total = sum(part.total for part in parts)
         self.num = int(self._starts[-1])
         self.num_bytes = sum(part.num_bytes for part in parts)
+        known = [part.labelled for part in parts]
+        whole = any(some is None for some in known)
+        self.labelled = None if whole else tuple(sorted({place for some in known for place in some or ()}))
 
     @property
     def bad(self) -> AbstractSet[int]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from torch.optim import Optimizer
 
+from raypipe.models.growth import Form
 from raypipe.store.attest import Base
 from raypipe.store.batches import Examples
 from raypipe.store.correct import correct
@@ -57,7 +59,20 @@ def learn(
         limits=asked.limits,
         slowdown=slowdown,
     )
-    learner, control = asked.learner, asked.control
+    learner, control, labelled = asked.learner, asked.control, asked.images.labelled
+    task = learner.task.among(labelled)
     with nullcontext() if ranks is None else ranks.ticket(asked.ticket, asked.plan, asked.weights) as team:
-        outcome = train(learner.model, learner.task, asked.images, optimizer, work, control, clock, team)
+        outcome = train(learner.model, task, asked.images, optimizer, work, control, clock, team)
+    if labelled is not None:
+        _leave(learner, asked.weights, labelled)
     return outcome, optimizer
+
+
+def _leave(learner: Learner, base: Array, labelled: tuple[int, ...]) -> None:
+    """Rows of classes that training was not about, as they were: weight decay moved them too."""
+    task, model = learner.task, learner.model
+    others = sorted({*range(task.num_outputs)} - {*labelled})
+    for row in Form.of(model.layout, task.num_outputs, boxes=task.boxes is not None).rows:
+        now = model.vector[row.entry.slice].view(row.repeats, row.entry.shape[0] // row.repeats, -1)
+        places = [row.before + other for other in others]
+        now[:, places] = torch.from_numpy(row.of(base)[:, places]).to(now.device)

@@ -3,6 +3,7 @@
     store: south
     data:
       products: {folder: data/products, reader: parquet}   # relative to this file, or absolute
+      # with names: {Trainers: Sneaker}, where a class is called otherwise here than in federations
     tasks: [classification]    # or all
     models: all                # or a list of names
     max_examples: 100000       # images per ticket; a ticket that asks for more is cut short
@@ -61,6 +62,7 @@ class DataSet(BaseModel):
 
     folder: Path
     reader: str = "parquet"
+    names: dict[str, str] = {}  # classes as they are called here -> as federations call them
 
 
 @dataclass(frozen=True, slots=True)

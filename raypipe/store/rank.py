@@ -49,6 +49,7 @@ def follow(shelf: Shelf, policy: Policy, told: Iterator[dict[str, Any]], out: IO
         learner = shelf.learner(plan, base)
         model, task = learner.model, learner.task
         images = shelf.images(plan, task, "train")
+        task = task.among(images.labelled)
         limits = policy.admit(ticket, plan)
         smallest = smallest_batch(model, images, limits.batch_size)
         say(out, {"ready": True})

@@ -24,6 +24,8 @@ class Rows:
     `table` is (num, width) as `Columns` says, `targets` (num,): float64 numbers or int64 classes.
     """
 
+    labelled: tuple[int, ...] | None = None
+
     def __init__(
         self, split: TableSplit, task: Task, columns: Columns, *, what: str, max_bytes: int, threads: int = 1
     ) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from raypipe.data.dataset import StoreData, TableSplit, open_data
-from raypipe.errors import StoreRefused
+from raypipe.errors import StoreClosed, StoreRefused
 from raypipe.models import build_for
 from raypipe.models.flat import FlatModel, layout_of
 from raypipe.models.heads import freeze
@@ -22,13 +22,14 @@ from raypipe.store.batches import Examples, Images
 from raypipe.store.messages import Plan
 from raypipe.store.policy import Policy
 from raypipe.store.rows import Rows
-from raypipe.store.targets import targets_of
+from raypipe.store.targets import chosen, targets_of
 from raypipe.tasks import Task, tasks
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 Stamp: TypeAlias = tuple[tuple[str, int, int], ...]  # of a folder's files: name, bytes, time of change
 
 MODELS = 4  # built models that are kept
+NONE_YET_S = 30.0  # a store that has nothing of the task's classes is asked again: the list may have grown
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +77,17 @@ class Shelf:
     def images(self, plan: Plan, task: Task, split: str) -> Examples:
         """Raises StoreRefused: no such split, an empty one, too many broken images, labels that are not the task's."""
         self.data(plan.data)  # forgets what was read of a data set that has changed since
-        boxes = None if task.boxes is None else (task.boxes.unknown, task.boxes.aliases)
-        read = (task.channels, task.image_size, task.num_outputs, task.classes, task.table, boxes)
-        key = (plan.data, split, *read)
+        read = (task.channels, task.image_size, task.table, task.boxes is None)
+        listed = (task.num_outputs, task.classes, task.places, task.unknown, task.absent, task.live)
+        key = (plan.data, split, read, listed)
         if key not in self._images:
+            for old in [k for k in self._images if k[:3] == key[:3]]:  # of an earlier class list
+                del self._images[old]
             room = self._cache_bytes - sum(i.num_bytes for k, i in self._images.items() if k[0] == plan.data)
             self._images[key] = self._examples(plan.data, task, split, max(0, room))
         images = self._images[key]
+        if not images.total and self.data(plan.data).counts.get(split):
+            raise StoreClosed(f"split {split!r} of data set {plan.data!r} has none of the task's classes", NONE_YET_S)
         images.check(self.max_bad_share(plan))
         return images
 
@@ -95,8 +100,11 @@ class Shelf:
             raise StoreRefused(f"{what} holds {holds}, the task needs {needs}")
         if task.table is not None:
             return Rows(opened, task, task.table, what=what, max_bytes=room, threads=self._threads)
-        targets = targets_of(opened, data.classes, task, what)
-        return Images(opened, targets, task, what=what, max_bytes=room, threads=self._threads)
+        names = self._policy.data[name].names
+        classes = tuple(names.get(own, own) for own in data.classes)
+        opened = chosen(opened, classes, task)
+        targets, labelled = targets_of(opened, classes, task, what), task.labelled(classes)
+        return Images(opened, targets, task, what=what, max_bytes=room, threads=self._threads, labelled=labelled)
 
     def max_bad_share(self, plan: Plan) -> float:
         """The stricter of the plan and the policy."""

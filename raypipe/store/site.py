@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from raypipe.errors import ConfigError, StoreError, StoreRefused
+from raypipe.errors import ConfigError, StoreClosed, StoreError, StoreRefused
 from raypipe.models import models
 from raypipe.store.attest import Attestor
 from raypipe.store.lesson import Admitted, learn
@@ -278,7 +278,9 @@ class Site:
         """None where the store has no such split, or nothing in it: it trains all the same."""
         if self._shelf.data(plan.data).counts.get(split, 0) == 0:
             return None
-        return self._evaluate(plan, learner, split, control)
+        with suppress(StoreClosed):  # nothing of the task's classes
+            return self._evaluate(plan, learner, split, control)
+        return None
 
     def _finished(self, asked: Admitted, outbox: Outbox) -> Report:
         """The ticket trained, its update in the outbox; room for it is made first, so that no work is lost for lack."""

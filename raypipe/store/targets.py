@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from raypipe.data.dataset import BoxTable, ImageSplit
 from raypipe.data.decode import fitted
 from raypipe.errors import StoreRefused
 from raypipe.tasks import Task
+from raypipe.tasks.class_list import DROPPED, UNKNOWN
 
 Indices: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
@@ -79,7 +80,7 @@ def targets_of(split: ImageSplit, classes: tuple[str, ...], task: Task, what: st
         return Labels(numbered(split.labels, classes, task, what))
     labels = _in_task(table.labels, classes, task)
     known = labels >= 0
-    if not known.all() and task.boxes.unknown == "refuse":
+    if (labels == UNKNOWN).any() and task.unknown == "refuse":
         raise StoreRefused(
             f"{what} holds boxes outside the task's {task.num_outputs} classes; task.unknown: ignore leaves them out"
         )
@@ -92,19 +93,50 @@ def numbered(labels: Indices, classes: tuple[str, ...], task: Task, what: str) -
     Raises StoreRefused, without a label or a name, when an image's class is not the task's.
     """
     found = _in_task(labels, classes, task)
-    if found.size and found.min() < 0:
+    if found.size and found.min() < 0:  # those to be left out are gone, see `chosen`
         raise StoreRefused(f"{what} holds labels outside the task's {task.num_outputs} classes")
     return found
 
 
+class Chosen:
+    """Some images of a split, from now on counted from 0."""
+
+    boxes: BoxTable | None = None
+
+    def __init__(self, split: ImageSplit, which: Indices) -> None:
+        self._split, self._which = split, which
+
+    def __len__(self) -> int:
+        return len(self._which)
+
+    @property
+    def labels(self) -> Indices:
+        return self._split.labels[self._which]
+
+    def decode(self, indices: Any, **how: Any) -> Any:
+        """As ImageSplit says."""
+        return self._split.decode(self._which[np.asarray(indices)], **how)
+
+
+def chosen(split: ImageSplit, classes: tuple[str, ...], task: Task) -> ImageSplit:
+    """Those images whose classes are the task's; where it refuses others, all but those of classes that are no more.
+
+    Of images with boxes all: some boxes may count.
+    """
+    if task.boxes is not None or getattr(split, "boxes", None) is not None:
+        return split
+    places = _in_task(split.labels, classes, task)
+    kept = (places != DROPPED) & ((places != UNKNOWN) | (task.unknown == "refuse"))
+    return split if kept.all() else cast(ImageSplit, Chosen(split, np.flatnonzero(kept)))
+
+
 def _in_task(labels: Indices, classes: tuple[str, ...], task: Task) -> Indices:
-    """-1 for what is not the task's."""
+    """UNKNOWN for what is not the task's, DROPPED for what is no more."""
     if task.classes is None:
         inside = (labels >= 0) & (labels < task.num_outputs)
-        return np.where(inside, labels, -1).astype(np.int64)
-    place = {name: index for index, name in enumerate(task.classes)}
-    place |= {other: place[name] for other, name in (task.boxes.aliases if task.boxes else ())}
-    table = np.array([*(place.get(name, -1) for name in classes), -1], np.int64)
+        return np.where(inside, labels, UNKNOWN).astype(np.int64)
+    place = dict(task.places) or {name: index for index, name in enumerate(task.classes)}
+    table = np.array([*(place.get(name, UNKNOWN) for name in classes), UNKNOWN], np.int64)
     return np.array(table[np.where((labels >= 0) & (labels < len(classes)), labels, len(classes))], np.int64)
 
 

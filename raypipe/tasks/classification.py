@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from raypipe.errors import ConfigError
+from raypipe.errors import ConfigError, did_you_mean
 from raypipe.tasks import Task, losses, tasks
-from raypipe.tasks.criteria import one_hot
+from raypipe.tasks.class_list import ClassList, twice
+from raypipe.tasks.criteria import among, one_hot, selection
+from raypipe.tasks.task import Absent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +39,8 @@ Classes: TypeAlias = (
 LossPart: TypeAlias = Annotated[dict[str, Any], BeforeValidator(_as_part), AfterValidator(_known_loss)]
 Level: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Spread: TypeAlias = Annotated[float, Field(gt=0, le=10)]
+Merge: TypeAlias = dict[str, Annotated[list[str], Field(min_length=1)]]
+Unknown: TypeAlias = Literal["refuse", "ignore"]
 
 
 @tasks("classification")
@@ -48,10 +52,19 @@ def classification(
     loss: LossPart = {"name": "cross_entropy"},  # noqa: B006  # never changed: pydantic copies it
     mean: Level | list[Level] = 0.5,
     std: Spread | list[Spread] = 0.25,
+    merge: Merge = {},  # noqa: B006  # never changed: pydantic copies it
+    unknown: Unknown = "refuse",
+    absent: Absent = "untouched",
+    gone: dict[str, str | None] = {},  # noqa: B006  # the same
+    per_class: bool = False,
 ) -> Task:
     """`classes`: names, by which each store's own numbering is matched, or a number where all stores number alike.
 
-    `mean` and `std` are of pixels in [0, 1], one for all channels or one each.
+    `mean` and `std` are of pixels in [0, 1], one for all channels or one each. `merge`: other names that count as a
+    class, e.g. {shoe: [Sandal, Sneaker]}; `unknown`: what a store does with images of classes that are not listed.
+    `absent`: what its training does to classes that its data set does not list: `untouched`, neither their outputs
+    nor their rows have a part in it; `negative`: each of its images is an example against them. `gone`: classes that
+    are no more, and as what they count (null: left out); see class_list.py. `per_class`: tell each class's recall too.
     """
     if any(isinstance(value, list) and len(value) != channels for value in (mean, std)):
         raise ConfigError(f"classification: mean and std hold one number or {channels}, one a channel")
@@ -64,13 +77,24 @@ def classification(
         images = images.float()
         return images.sub_(levels(mean, images) * 255.0).div_(levels(std, images) * 255.0)
 
-    def sums(outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {
-            "loss": criterion(outputs, labels) * len(labels),
-            "accuracy": (outputs.argmax(1) == labels).sum(),
-        }
-
     num_outputs = classes if isinstance(classes, int) else len(classes)
+    places, live = numbering(classes, merge, gone, "classification")
+    judged = criterion if live is None else among(criterion, live, num_outputs)
+
+    def predict(outputs: Tensor) -> Tensor:
+        if live is None:
+            return outputs.argmax(1)
+        index, _ = selection(live, num_outputs, outputs)
+        return index[outputs.index_select(1, index).argmax(1)]
+
+    def sums(outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        right = predict(outputs) == labels
+        found = {"loss": judged(outputs, labels) * len(labels), "accuracy": right.sum()}
+        if per_class:
+            found["labels"] = labels.bincount(minlength=num_outputs)
+            found["hits"] = labels[right].bincount(minlength=num_outputs)
+        return found
+
     return Task(
         num_outputs=num_outputs,
         channels=channels,
@@ -80,6 +104,33 @@ def classification(
         prepare=prepare,
         loss=criterion,
         sums=sums,
-        predict=lambda outputs: outputs.argmax(1),
+        predict=predict,
+        metrics=("accuracy", "loss", *(("recall",) if per_class else ())),
         one_hot=one_hot(num_outputs),
+        places=places,
+        unknown=unknown,
+        absent=absent,
+        live=live,
     )
+
+
+def numbering(
+    classes: int | list[str], merge: dict[str, list[str]], gone: dict[str, str | None], task: str
+) -> tuple[tuple[tuple[str, int], ...], tuple[int, ...] | None]:
+    """`Task.places` and `Task.live`. Raises ConfigError with each name that counts for nothing, or twice."""
+    if isinstance(classes, int):
+        if merge or gone:
+            raise ConfigError(f"{task}: merge and gone name classes; write task.classes as a list of names")
+        return (), None
+    names = ClassList(tuple(classes), gone)
+    aliases = [(other, name) for name, others in merge.items() for other in others]
+    problems = [f"{task}.merge: no class named {n!r}.{did_you_mean(n, classes)}" for n in merge if n not in classes]
+    problems += [f"{task}.merge: {name!r} counts twice" for name in twice([*classes, *(o for o, _ in aliases)])]
+    wrong = [name for old, new in gone.items() for name in (old, new) if name is not None and name not in classes]
+    problems += [f"{task}.gone: no class named {name!r}.{did_you_mean(name, classes)}" for name in wrong]
+    problems = problems or [f"{task}.gone: {name!r} counts as itself" for name in names.circular()]
+    if problems:
+        raise ConfigError(problems)
+    places = tuple((name, names.place(name)) for name in classes)
+    places += tuple((other, names.place(name)) for other, name in aliases)
+    return places, names.live if gone else None

@@ -5,7 +5,7 @@ A user's own loss is such a function in a package of the user's, by entry point.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import Field
@@ -39,6 +39,30 @@ def focal(*, gamma: Annotated[float, Field(ge=0, le=10)] = 2.0) -> Loss:
         return ((1 - (-cross).exp()) ** gamma * cross).mean()
 
     return loss
+
+
+def among(loss: Loss, places: Sequence[int], num_classes: int) -> Loss:
+    """A loss over some outputs alone: the others get no gradient, whatever the labels are.
+
+    Of a store that cannot label some classes (restricted softmax: FedRS, Li and Zhan, KDD 2021; masked as in HeteroFL,
+    arXiv:2010.01264), and of classes that are no more.
+    """
+
+    def restricted(outputs: Tensor, labels: Tensor) -> Tensor:
+        index, number = selection(places, num_classes, outputs)
+        return loss(outputs.index_select(1, index), number[labels])
+
+    return restricted
+
+
+def selection(places: Sequence[int], num_classes: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """These outputs as an index, and each label's number among them (-1 for the others); on the tensor's device."""
+    import torch
+
+    index = torch.tensor(places, device=like.device)
+    number = torch.full((num_classes,), -1, device=like.device)
+    number[index] = torch.arange(len(places), device=like.device)
+    return index, number
 
 
 def one_hot(num_classes: int) -> Callable[[Tensor], Tensor]:

@@ -6,16 +6,17 @@ What a store sends of an evaluation is in precision.py: counts that give the pre
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from raypipe.errors import ConfigError, did_you_mean
+from raypipe.errors import ConfigError
 from raypipe.tasks import Task, tasks
-from raypipe.tasks.classification import distinct
+from raypipe.tasks.classification import Merge, Unknown, distinct, numbering
 from raypipe.tasks.precision import judged
-from raypipe.tasks.task import Boxes
+from raypipe.tasks.task import Absent, Boxes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +38,10 @@ def detection(
     classes: DetectionClasses,
     image_size: Annotated[int, Field(ge=32, le=2048, multiple_of=32)] = 640,
     channels: Literal[1, 3] = 3,
-    merge: dict[str, Annotated[list[str], Field(min_length=1)]] = {},  # noqa: B006  # never changed: pydantic copies it
-    unknown: Literal["refuse", "ignore"] = "refuse",
+    merge: Merge = {},  # noqa: B006  # never changed: pydantic copies it
+    unknown: Unknown = "refuse",
+    absent: Absent = "untouched",
+    gone: dict[str, str | None] = {},  # noqa: B006  # the same
     mosaic: Share = 0.5,
     flip: Share = 0.5,
     colour: Share = 0.2,
@@ -49,23 +52,29 @@ def detection(
     """Images are letterboxed into the square of `image_size` pixels.
 
     `merge`: other names that count as a class, e.g. {shoe: [Sandal, Sneaker]}; `unknown`: what a store does with
-    boxes of classes that are not listed. `mosaic`, `flip`: share of training batches, and of images, so changed;
-    `colour`: how far brightness, contrast and each colour move, at most. `score`, `overlap`: detections below are
-    left out, and of two that overlap more the weaker one, when a version is judged. `score_bins`: to which scores are
-    rounded then; None: 256, or fewer where there are many classes.
+    boxes of classes that are not listed. `absent`, `gone`: as in classification.py; but what a store cannot label is
+    background to it where it stands in its images. `mosaic`, `flip`: share of training batches, and of images, so
+    changed; `colour`: how far brightness, contrast and each colour move, at most. `score`, `overlap`: detections below
+    are left out, and of two that overlap more the weaker one, when a version is judged. `score_bins`: to which scores
+    are rounded then; None: 256, or fewer where there are many classes.
     """
     names = None if isinstance(classes, int) else tuple(classes)
     num = classes if isinstance(classes, int) else len(classes)
     num_bins = score_bins or max(8, min(256, MOST_BINS // num))
 
-    def step(module: Any, images: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = module.loss(images, targets[targets[:, 6] == 0])
+    places, live = numbering(classes, merge, gone, "detection")
+
+    def step(module: Any, images: Tensor, targets: Tensor, among: Sequence[int] | None = None) -> Tensor:
+        some = {} if among is None or not getattr(module, "restricts", False) else {"among": among}
+        loss: Tensor = module.loss(images, targets[targets[:, 6] == 0], **some)
         return loss
 
     def judge(module: Any, images: Tensor, targets: Tensor) -> dict[str, float]:
         found = module.detect(images, score=score, overlap=overlap, most=MOST)
         rows, sums = targets.cpu().numpy(), Counter[str]()
         for image, seen in enumerate(found):
+            if live is not None:
+                seen = seen[(seen[:, 5:6] == seen.new_tensor(live)).any(1)]
             sums.update(_judged(seen, rows[rows[:, 0] == image], num_bins))
         return {name: float(value) for name, value in sums.items()}
 
@@ -87,24 +96,16 @@ def detection(
         sums=_no_outputs,
         predict=_no_outputs,
         metrics=("map50", "map"),
-        boxes=Boxes(step, judge, changes, unknown, tuple(_aliases(names, merge).items())),
+        boxes=Boxes(step, judge, changes),
+        places=places,
+        unknown=unknown,
+        absent=absent,
+        live=live,
     )
 
 
 def _no_outputs(*_: Tensor) -> Any:
     raise ConfigError("a detection model finds boxes, not one output an image")
-
-
-def _aliases(names: tuple[str, ...] | None, merge: dict[str, list[str]]) -> dict[str, str]:
-    """Other name -> class. Raises ConfigError for a class that there is not, and a name that counts twice."""
-    pairs = [(other, name) for name, others in merge.items() for other in others]
-    problems = [f"detection.merge: no class named {n!r}.{did_you_mean(n, names or ())}" for n in merge
-                if n not in (names or ())]  # fmt: skip
-    known = [*(names or ()), *(other for other, _ in pairs)]
-    problems += [f"detection.merge: {n!r} counts twice" for n in sorted({n for n in known if known.count(n) > 1})]
-    if problems:
-        raise ConfigError(problems)
-    return dict(pairs)
 
 
 def _judged(found: Tensor, rows: np.ndarray[Any, Any], num_bins: int) -> Counter[str]:

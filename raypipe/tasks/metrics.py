@@ -1,12 +1,14 @@
 """Metrics from sums, without torch, so that what many stores send adds up to what pooled examples would give.
 
-A store sends sums over its examples and nothing else. Four kinds, by name:
+A store sends sums over its examples and nothing else. Five kinds, by name:
 
     loss, accuracy, ...      the metric itself, summed: the mean over all examples is the pooled metric
     moments/...              of a target y and its error e: sums of e^2, y, y^2. From them rmse and r2 of all rows,
                              exactly those of the pooled rows
     scores/1/B, scores/0/B   how many positives (1) and negatives (0) have a score in bin B. From them auc and
                              average_precision of all rows, exactly those of the pooled scores rounded to their bins
+    labels/C, hits/C         images of class C, and those of them that were told right. From them recall/C, and recall,
+                             their mean over the classes that there are
     boxes/C, found/C/B/O     boxes of class C, and detections by score and by what they hit. From them map50 and map
                              of all detections; see precision.py
 
@@ -28,7 +30,8 @@ from raypipe.tasks.precision import BOXES, FOUND, boxes_precision
 LOWER_IS_BETTER = frozenset({"loss", "rmse"})
 MOMENTS = "moments/"
 SCORES = "scores/"
-COUNTS = (MOMENTS, SCORES, BOXES, FOUND)  # what metrics are derived from
+LABELS, HITS = "labels/", "hits/"
+COUNTS = (MOMENTS, SCORES, LABELS, HITS, BOXES, FOUND)  # what metrics are derived from
 
 
 def means(sums: Mapping[str, float], num_examples: int) -> dict[str, float]:
@@ -53,7 +56,13 @@ def derived(mean: Mapping[str, float]) -> dict[str, float]:
     if positives and negatives:
         found["auc"] = auc(positives, negatives)
         found["average_precision"] = average_precision(positives, negatives)
-    return found | boxes_precision(mean)
+    return found | _recalls(mean) | boxes_precision(mean)
+
+
+def _recalls(mean: Mapping[str, float]) -> dict[str, float]:
+    there = {name.removeprefix(LABELS): value for name, value in mean.items() if name.startswith(LABELS) and value > 0}
+    recalls = {f"recall/{place}": mean.get(f"{HITS}{place}", 0.0) / value for place, value in there.items()}
+    return recalls | {"recall": sum(recalls.values()) / len(recalls)} if recalls else {}
 
 
 def auc(positives: Mapping[int, float], negatives: Mapping[int, float]) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -16,6 +17,7 @@ else:  # settings are checked from signatures without torch
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (outputs, labels) -> the mean over the batch, a scalar
 Inputs: TypeAlias = Any  # a Tensor, or a tuple of them, one an argument of the module
 Settings: TypeAlias = dict[str, Any]
+Absent: TypeAlias = Literal["untouched", "negative"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +43,10 @@ class Boxes:
     image, into which others are letterboxed; 1 where the box is to be ignored.
     """
 
-    step: Callable[[Any, Tensor, Tensor], Tensor]  # (module, prepared images, targets) -> the mean over the batch
+    # (module, prepared images, targets) -> the mean over the batch; `among`: of these classes alone, by number
+    step: Callable[..., Tensor]
     judge: Callable[[Any, Tensor, Tensor], dict[str, float]]  # the same arguments -> sums by name
     augment: Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]] | None  # of a uint8 batch, to train
-    unknown: Literal["refuse", "ignore"]  # what comes of boxes of classes that the task does not have
-    aliases: tuple[tuple[str, str], ...]  # other name -> class, as stores may call it
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +73,26 @@ class Task:
     # Settings that the task still lacks, from the sum of what the stores measured; None: it lacks none.
     settle: Callable[[Sequence[float]], Settings] | None = None
     one_hot: Callable[[Tensor], Tensor] | None = None  # labels -> what a least-squares head is to put out (n, outputs)
+    # Names as stores may call them -> the class's number, see class_list.py; (): those of `classes`.
+    places: tuple[tuple[str, int], ...] = ()
+    unknown: Literal["refuse", "ignore"] = "refuse"  # what a store does with images or boxes of other classes
+    absent: Absent = "untouched"  # classes that a store cannot label, when it trains
+    live: tuple[int, ...] | None = None  # outputs that are an answer; None: all
+
+    def labelled(self, names: Sequence[str]) -> tuple[int, ...] | None:
+        """What training at a store with these names of its own is about, by number; None: all outputs."""
+        live = range(self.num_outputs) if self.live is None else self.live
+        known = {place for name, place in self.places if name in names}
+        some = self.places and self.absent == "untouched" and (self.boxes is not None or len(known) > 1)
+        chosen = tuple(place for place in live if place in known) if some else tuple(live)
+        return None if len(chosen) == self.num_outputs else chosen
+
+    def among(self, some: Sequence[int] | None) -> Task:
+        """The same, its loss over some outputs alone."""
+        if some is None:
+            return self
+        if self.boxes is not None:
+            return replace(self, boxes=replace(self.boxes, step=partial(self.boxes.step, among=some)))
+        from raypipe.tasks.criteria import among
+
+        return replace(self, loss=among(self.loss, some, self.num_outputs))

@@ -165,7 +165,7 @@ def _try(run_dir: Path, copy: Path, stack: ExitStack) -> _Moment:
             moment.files[str(file.relative_to(run_dir))] = stack.enter_context(file.open("rb"))
         except FileNotFoundError:  # removed or renamed just now
             continue
-    layout = Layout.from_json(history.run()["layout"])
+    layout = Layout.from_json(history.layout(newest))
     vector = store.recover(newest, layout, history.versions[newest]["hash"])
     there = any(name.startswith(f"{FOLDER}/v{newest:05d}") for name in moment.files)
     state = not states or (STATE.format(newest) in moment.files and read_state(run_dir, newest) is not None)

@@ -75,10 +75,17 @@ class RunBook:
         """A version's content hash: `b3:` and 64 hex digits, of the float32 values in the order of the layout."""
         return digest(vector)
 
-    def write(self, version: int, vector: np.ndarray, layout: Layout, state: Mapping[str, np.ndarray]) -> None:
+    def write(
+        self,
+        version: int,
+        vector: np.ndarray,
+        layout: Layout,
+        state: Mapping[str, np.ndarray],
+        task: Mapping[str, Any] | None = None,
+    ) -> None:
         """A version's weights with what they belong to, and the server transform's state, so that they outlive this
-        process. Raises RunError."""
-        card = model_card(self._started, version) if self._started else {}
+        process. `task`: its part, where it is not the configuration's. Raises RunError."""
+        card = model_card(self._started, version, task) if self._started else {}
         self.versions.write(version, vector, layout, card)
         if state:
             save_state(self.folder, version, state)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from raypipe.errors import ConfigError, RunError
+from raypipe.tasks.class_list import ClassList
 from raypipe.tracking.journal import FILE, Journal, Record
 from raypipe.tracking.lineage import (
     COLUMNS,
@@ -25,7 +26,6 @@ from raypipe.tracking.lineage import (
     flat_params,
     lineage_params,
     lineage_rows,
-    model_card,
     version_metrics,
 )
 from raypipe.tracking.mlflow_sink import TROUBLE, Kept, Point, RunPlace, Sink, one_line, points
@@ -150,6 +150,8 @@ class Follower:
                     self._keep(sink, place, version)
             case "version_published":
                 version = record.body["version"]
+                if record.body.get("classes"):
+                    self._write_classes(sink, place, version)
                 if (version + 1) % TABLE_EVERY == 0:  # a full chunk too
                     self._write_table(sink, place, version)
             case "evaluated":
@@ -185,7 +187,7 @@ class Follower:
 
     def _keep(self, sink: Sink, place: RunPlace, version: int) -> None:
         """A LoggedModel; of a version whose weights are gone, its lineage only."""
-        files: dict[str, Path | str] = {"raypipe.json": json.dumps(model_card(self.history.run(), version))}
+        files: dict[str, Path | str] = {"raypipe.json": json.dumps(self.history.card(version))}
         params = lineage_params(self.history.versions[version])
         files["lineage.json"] = json.dumps(self.history.versions[version])
         try:
@@ -201,6 +203,14 @@ class Follower:
         there = [v for v in range(first, first + CHUNK) if v in self.history.versions]
         rows = [row for v in there for row in lineage_rows(self.history.versions[v])]
         sink.table(place.run_id, f"lineage/v{first:05d}.json", COLUMNS, rows)
+
+    def _write_classes(self, sink: Sink, place: RunPlace, version: int) -> None:
+        """The list that holds from this version on, as a table; the first one too, with the first change."""
+        changed = [v for v, body in self.history.versions.items() if body.get("classes")]
+        for at in ([0] if version == min(changed) else []) + [version]:
+            classes = ClassList.of(self.history.task(at))
+            rows = [[place_, name, classes.state(name)] for place_, name in enumerate(classes.names)]
+            sink.table(place.run_id, f"classes/v{at:05d}.json", ("output", "name", "state"), rows)
 
     def _is_kept(self, version: int) -> bool:
         track: Mapping[str, int] = self.history.run()["config"].get("track", {})

@@ -16,6 +16,7 @@ from typing import Any
 from raypipe.errors import ConfigError
 from raypipe.tracking.journal import FILE, Journal, Record
 from raypipe.tracking.records import (
+    ClassesChanged,
     Contribution,
     Evaluated,
     Final,
@@ -90,6 +91,25 @@ class History:
             there = f"it has {min(self.versions)} to {max(self.versions)}" if self.versions else "it has none"
             raise ConfigError(f"run {self.run()['run']} has no version {number}; {there}")
         return self.versions[number]
+
+    def classes(self, number: int) -> ClassesChanged | None:
+        """What the newest change of the class list up to a version has brought; None where there was none."""
+        with_change = [version for version, body in self.versions.items() if version <= number and body.get("classes")]
+        return self.versions[max(with_change)]["classes"] if with_change else None
+
+    def task(self, number: int) -> dict[str, Any]:
+        """The task's part that a version is of."""
+        found = self.classes(number)
+        return dict(self.run()["config"]["task"] if found is None else found["task"])
+
+    def card(self, number: int) -> dict[str, Any]:
+        """A version's `model_card`."""
+        return model_card(self.run(), number, self.task(number))
+
+    def layout(self, number: int) -> dict[str, Any]:
+        """Of a version's vector, as JSON."""
+        found = self.classes(number)
+        return self.run()["layout"] if found is None else found["layout"]
 
     def file_hash(self, number: int) -> str | None:
         """The blake3 of a version's file; None where its weights never came to the disk."""
@@ -176,13 +196,14 @@ def flat_params(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def model_card(started: RunStarted, version: int) -> dict[str, Any]:
-    """What turns a file of weights into predictions: the parts to build, as the run's configuration has them.
+def model_card(started: RunStarted, version: int, task: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What turns a file of weights into predictions: the parts to build, as the run's configuration has them; the
+    `task` of that version, where its class list is another.
 
     Nothing that differs between equal runs: equal seeds give equal files.
     """
     config = started["config"]
-    return {"version": version, "task": config["task"], "model": config["model"]}
+    return {"version": version, "task": dict(task or config["task"]), "model": config["model"]}
 
 
 @dataclass(frozen=True, slots=True)

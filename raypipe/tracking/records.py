@@ -23,6 +23,8 @@ Kind: TypeAlias = Literal[
     "store_went_on",
     "ticket_failed",
     "update_rejected",
+    "classes_planned",
+    "classes_refused",
     "version_published",
     "weights_kept",
     "version_withdrawn",
@@ -44,6 +46,8 @@ KINDS: tuple[Kind, ...] = (
     "store_went_on",
     "ticket_failed",
     "update_rejected",
+    "classes_planned",
+    "classes_refused",
     "version_published",
     "weights_kept",
     "version_withdrawn",
@@ -174,6 +178,27 @@ class Contribution(TypedDict):
     worth: NotRequired[float | None]  # its weight were it not stale
 
 
+class ClassesPlanned(TypedDict):
+    """Somebody has asked for another class list; from this version on."""
+
+    version: int
+    change: str  # in words
+
+
+class ClassesRefused(TypedDict):
+    """A change of the class list that was not possible any more when it came."""
+
+    reason: str
+
+
+class ClassesChanged(TypedDict):
+    """What a version's change of the class list has brought; it holds until the next."""
+
+    change: dict[str, Any]  # tasks/class_list.Change
+    task: dict[str, Any]  # the whole part
+    layout: dict[str, Any]  # Layout.to_json()
+
+
 class VersionPublished(TypedDict):
     """A global version is a fact."""
 
@@ -190,6 +215,7 @@ class VersionPublished(TypedDict):
     step_norm: float
     full_weight: float | None  # what the weights would sum to were nothing stale; None: an older raypipe wrote it
     statistic_mix: float | None  # how far statistics moved to the contributors' mean
+    classes: NotRequired[ClassesChanged]  # only where the class list is another from this version on
 
 
 class WeightsKept(TypedDict):

@@ -23,7 +23,7 @@ from raypipe.config.schema import NAME
 from raypipe.errors import ConfigError, RunError
 from raypipe.models.tensors import Array, vector_from
 from raypipe.tracking.follow import version_name
-from raypipe.tracking.lineage import History, flat_params, lineage_params, model_card, read_history
+from raypipe.tracking.lineage import History, flat_params, lineage_params, read_history
 from raypipe.tracking.mlflow_sink import TROUBLE, Kept, RunPlace, Sink, one_line, points
 from raypipe.tracking.versions import FOLDER, Tensors, VersionStore, read_file
 from raypipe.types import Layout
@@ -74,7 +74,7 @@ def promote(
     history, store = read_history(run_dir), VersionStore(run_dir / FOLDER)
     body, started = history.version(version), history.run()
     store.pin(version)
-    card = model_card(started, version)
+    card = history.card(version)
     module, task = _module(card, store.read(version, history.file_hash(version)))
     name = started["register_as"]
     shapes = _shapes(task)
@@ -160,6 +160,9 @@ def predict(
     with torch.inference_mode():
         for first in range(0, len(images), BATCH):
             outputs = module(task.prepare(torch.from_numpy(pixels[first : first + BATCH])))
+            if task.live is not None:  # the others are no answer
+                gone = sorted({*range(task.num_outputs)} - {*task.live})
+                outputs[:, gone] = -torch.inf
             chances, labels = outputs.softmax(1), task.predict(outputs).tolist()
             for i, label in enumerate(labels):
                 text = task.classes[label] if task.classes else str(label)
@@ -195,7 +198,7 @@ def _open_run(run_dir: Path, version: int | None) -> tuple[Tensors, dict[str, An
             raise
         log.warning("%s: version %d is used instead", error.message.partition(";")[0], earlier)
         chosen, tensors = earlier, store.read(earlier, history.file_hash(earlier))
-    return tensors, model_card(history.run(), chosen)
+    return tensors, history.card(chosen)
 
 
 def _open_registered(source: str, uri: str | None, home: Path | None) -> tuple[Tensors, dict[str, Any]]:

@@ -1,0 +1,45 @@
+"""What is learned, by version: a run's plan and layout change with its class list, older versions keep their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from raypipe.models.growth import Form
+from raypipe.store.messages import Plan, encode
+from raypipe.types import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """From version `since` on this is what a ticket is told, and how weights lie; `raw`: the plan as it is sent."""
+
+    since: int
+    plan: Plan
+    form: Form
+    raw: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "raw", encode(self.plan))
+
+    @property
+    def layout(self) -> Layout:
+        return self.form.layout
+
+
+class Stages:
+    """Those of a run, the first from version 0 on."""
+
+    def __init__(self, first: Stage) -> None:
+        self._all = [first]
+
+    def at(self, version: int) -> Stage:
+        """What holds for a version."""
+        return next(stage for stage in reversed(self._all) if stage.since <= version)
+
+    def add(self, stage: Stage) -> None:
+        """From its version on; one of a version that was withdrawn is replaced."""
+        self._all = [one for one in self._all if one.since < stage.since] + [stage]
+
+    def withdraw(self, version: int) -> None:
+        """There is no such version: it, and those after it, change nothing."""
+        self._all = [one for one in self._all if one.since < version]
