@@ -27,11 +27,11 @@ from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.notary import Notary
 from raypipe.coordinator.resume import bring_back
 from raypipe.coordinator.shell import Shell
-from raypipe.coordinator.stages import Stage, Stages
-from raypipe.errors import ConfigError, RunError
+from raypipe.coordinator.stages import Next, Stage, Stages, rehearse
+from raypipe.errors import RunError
 from raypipe.ledger import roster
 from raypipe.models import licence_of
-from raypipe.models.growth import Form, no_growth
+from raypipe.models.growth import Form
 from raypipe.placement.homes import raypipe_home
 from raypipe.run import classes_of, initial_of, policy_of
 from raypipe.store.code import code_hash
@@ -75,11 +75,11 @@ def compose(
         raise RunError(f"no run named {run!r} on the coordinator's machine, in {folder.parent}")
     model = initial_model(said)
     layout, stages = model.layout, Stages(first_stage(said, run, model.form))
+    rehearse(stages.at(0), next_stage(said), classes_of(said)[1])
     every = (said.track.keep_every, said.track.log_model_every)
     book = RunBook(folder, said.track.keep_last, every, time.time)
     board, diary, code, plan = Board(said.evaluate.metric), Diary(folder), code_hash(), stages.at(0).plan
     past = _past(book, board) if there else _Past()
-    check_growth(said, stages)
     board.lines += [line for line in (book.damage, licence_of(said.model)) if line]
     again = bool(past.versions)  # else it died before its first version, or is new
     if start is not None and not again:
@@ -105,7 +105,7 @@ def compose(
         seed=said.seed,
         epoch=past.epoch + 1,
         stages=stages,
-        next_stage=next_stage(said, run),
+        next_stage=next_stage(said),
         how=said.update,
         max_epochs=epochs,
         max_steps=said.train.local_steps,
@@ -188,7 +188,7 @@ def first_stage(said: RunConfig, run: str, form: Form) -> Stage:
     return Stage(0, plan_of(said, run, form.layout), form)
 
 
-def next_stage(said: RunConfig, run: str) -> Callable[[Stage, int, Change], Stage]:
+def next_stage(said: RunConfig) -> Next:
     """What follows a stage at a version whose class list changes. Raises ConfigError for a change that cannot be."""
 
     def follow(before: Stage, version: int, change: Change) -> Stage:
@@ -210,12 +210,6 @@ def recorded_stage(before: Stage, body: Mapping[str, Any]) -> Stage:
     task, layout = tasks.build(said["task"]), Layout.from_json(said["layout"])
     form = Form.of(layout, task.num_outputs, boxes=task.boxes is not None)
     return Stage(body["version"], replace(before.plan, task=said["task"], layout=layout.fingerprint), form)
-
-
-def check_growth(said: RunConfig, stages: Stages) -> None:
-    """Raises ConfigError when classes are to be added to a head that cannot grow."""
-    if any(change.add for change in said.class_changes) and not stages.at(0).form.rows:
-        raise ConfigError(no_growth(said.model["name"]))
 
 
 def threads_of(said: RunConfig) -> int | None:

@@ -29,12 +29,17 @@ from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.policy import pace
 from raypipe.coordinator.resume import bring_back
 from raypipe.coordinator.state import Scores
-from raypipe.errors import ConfigError, StoreRefused
+from raypipe.data.sample import encode_png
+from raypipe.data.schema import write_split
+from raypipe.errors import ConfigError, StoreClosed, StoreRefused
 from raypipe.models.flat import initial
 from raypipe.models.growth import Form, Growth, padded
 from raypipe.models.tensors import state_dict_from
 from raypipe.replay import Replay
 from raypipe.run import load_run
+from raypipe.store.messages import Plan
+from raypipe.store.policy import read_policy
+from raypipe.store.shelf import Shelf
 from raypipe.store.targets import chosen, numbered
 from raypipe.tasks import tasks
 from raypipe.tasks.class_list import Change, ClassList, lists, placed
@@ -153,6 +158,31 @@ def test_a_store_maps_its_own_names_and_leaves_out_what_the_run_does_not_have() 
     assert len(rest) == 5, "what is no more is left out, what is unknown is refused"
     with pytest.raises(StoreRefused, match="outside the task's 4 classes"):
         numbered(rest.labels, own, strict, "it")
+
+
+def test_a_store_calls_classes_as_it_likes_and_reads_its_images_anew_when_the_list_changes(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    images = encode_png(np.arange(4 * 28 * 28, dtype=np.uint8).reshape(4, 28, 28), level=1)
+    write_split(
+        tmp_path / "data" / "train.parquet", images=images, labels=np.array([0, 1, 0, 2]),
+        classes=["Trainers", "Hats", "Bags"], image_ids=list("abcd"), shapes=np.full((4, 2), 28),
+    )  # fmt: skip
+    offered = "data: {products: {folder: data, names: {Trainers: sneaker, Hats: hat}}}"
+    (tmp_path / "policy.yaml").write_text(f"store: a\n{offered}\n")
+    shelf = Shelf(read_policy(tmp_path), torch.device("cpu"), threads=1, cache_bytes=1 << 20)
+    plan = Plan("r", {}, {}, "products", {}, 0.1, {}, 4, "")
+
+    def targets(classes: list[str]) -> list[int]:
+        found = shelf.images(plan, tasks.build(part(classes, unknown="ignore")), "train")
+        assert found.num_bytes == found.num * 28 * 28, "there is room in memory"
+        ((_, labels),) = found.batches([np.arange(found.num)], torch.device("cpu"), 0.0)
+        return list(labels.tolist())
+
+    assert targets(["hat", "sneaker"]) == [1, 0, 1]
+    assert targets(["hat", "sneaker", "Bags"]) == [1, 0, 1, 2]
+    assert len(shelf._images) == 1, "of the earlier list nothing is kept"
+    with pytest.raises(StoreClosed, match="has none of the task's classes"):
+        targets(["sock", "scarf"])
 
 
 def test_training_leaves_classes_alone_that_the_store_cannot_label() -> None:
@@ -456,7 +486,7 @@ def ports(stores: Path, *, fresh: bool = True) -> dict[str, SitePort]:
 def grown(stores: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in which five classes came at version 8; its home."""
     home = tmp_path_factory.mktemp("grown")
-    run(config(versions=16), home, ports(stores), patience_s=300)
+    run(config(versions=16, track={"mlflow": False, "keep_last": 100}), home, ports(stores), patience_s=300)
     return home
 
 
@@ -608,7 +638,6 @@ def test_a_store_with_none_of_the_classes_yet_waits_and_is_not_refused(stores: P
     import shutil
 
     from raypipe.data.parquet import parquet
-    from raypipe.data.schema import write_split
     from raypipe.store import shelf
 
     shutil.copytree(stores, tmp_path / "stores")
@@ -686,5 +715,8 @@ def test_gone_names_classes_that_there_are(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             tasks.build(part(["a", "b", "c"], gone=gone))
+    named = ClassList.of(part(["a", "b"], merge={"a": ["c"]}))
+    with pytest.raises(ConfigError, match="add: 'c' counts as 'a' by task"):
+        named.changed(Change(add=("c",)))
     with pytest.raises(ConfigError, match="counts twice"):
         tasks.build(part(["a", "b"], merge={"a": ["b"]}))

@@ -166,9 +166,9 @@ def test_a_frozen_and_a_killed_store_end_no_run_and_are_taken_in_again(cluster: 
     assert {"shop-1", "shop-2"} & set(late), "who returns is taken in again"
 
 
-def test_stores_join_and_leave_while_it_runs(cluster: Place) -> None:
+def test_stores_join_and_leave_and_classes_change_while_it_runs(cluster: Place) -> None:
     config = cluster.config(
-        pace="fedbuff", pacing={"buffer_size": 2, "quorum": 2}, stop={"max_versions": 400}, train={"local_steps": 2}
+        pace="fedbuff", pacing={"buffer_size": 2, "quorum": 2}, stop={"max_versions": 4000}, train={"local_steps": 2}
     )
     config["stores"] = [s for s in config["stores"] if s["id"] != "shop-5"]
     import ray
@@ -180,8 +180,22 @@ def test_stores_join_and_leave_while_it_runs(cluster: Place) -> None:
         ray.get(federation.actor.leave.remote("shop-4"))
         federation.until(lambda board: next((r["updates"] for r in board["rows"] if r["store"] == "shop-5"), 0) >= 2)
         federation.until(lambda board: state(board, "shop-4") == "gone")
+        changed = ray.get(federation.actor.classes.remote({"add": ["Cap"], "retire": ["Bag"]}, None))
+        federation.until(lambda board: board["version"] >= changed + 5)
+        command = [sys.executable, "-m", "raypipe", "classes", federation.run, "--address", cluster.address]
+        said = [*command, "--retire", "Bag"]
+        refused = subprocess.run(said, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
         ray.get(federation.actor.stop.remote("seen enough"))
         summary = federation.result()
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("raypipe: classes from version ")
+    assert "retire: no class named 'Bag'" in line
+    versions = federation.records("version_published")
+    assert [v["version"] for v in versions if v.get("classes")] == [changed]
+    assert versions[changed]["classes"]["task"]["gone"] == {"Bag": None}
+    assert {c["base"] for v in versions[changed:] for c in v["contributions"]} & {changed, changed + 1}
+    assert not federation.records("store_set_aside")
     assert summary["reason"] == "seen enough"
     assert federation.records("run_finished")[0]["status"] == "killed"
 

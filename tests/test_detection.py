@@ -141,6 +141,40 @@ def test_a_model_under_agpl_says_so_and_without_its_package_what_to_install(monk
         models.build({"name": "ultralytics", "architecture": "../mine.yaml"}, 2, 3, 96)
 
 
+def test_a_store_that_cannot_label_a_class_says_nothing_against_it() -> None:
+    classes = ["a", "b", "c", "d"]
+    task = tasks.build({"name": "detection", "classes": classes, "image_size": 64, "gone": {"d": None}})
+    assert task.labelled(["a", "c", "d"]) == (0, 2)
+    module: Any = models.build({"name": "yolov5n"}, 4, 3, 64)
+    images, targets = torch.rand(2, 3, 64, 64), torch.tensor([[0, 0, 30, 30, 20, 20, 0.0], [1, 2, 32, 32, 30, 24, 0]])
+    some = task.among((0, 2))
+    assert task.boxes is not None
+    assert some.boxes is not None
+    for step, silent in ((task.boxes.step, []), (some.boxes.step, [6, 8])):
+        module.zero_grad()
+        step(module, images, targets).backward()
+        slopes = torch.cat([conv.bias.grad.view(3, 9) for conv in module.head.m])
+        assert [place for place in range(9) if not slopes[:, place].any()] == silent
+    torchvision_s = task.among((0, 2))
+    assert torchvision_s.boxes is not None
+    net = models.build({"name": "ssdlite320_mobilenet_v3_large"}, 4, 3, 96)
+    assert torchvision_s.boxes.step(net, torch.rand(2, 3, 96, 96), targets).isfinite(), "theirs cannot be restricted"
+
+
+def test_a_detection_of_a_class_that_is_no_more_is_none() -> None:
+    task = tasks.build({"name": "detection", "classes": ["a", "b", "c"], "image_size": 64, "gone": {"b": "c"}})
+
+    class Sees:
+        """One box of each class."""
+
+        def detect(self, images: torch.Tensor, **_: Any) -> list[torch.Tensor]:
+            return [torch.tensor([[10.0, 10, 30, 30, 0.9 - label / 10, label] for label in range(3)])]
+
+    assert task.boxes is not None
+    sums = task.boxes.judge(Sees(), torch.rand(1, 3, 64, 64), torch.tensor([[0, 2, 20, 20, 20, 20, 0.0]]))
+    assert {name.split("/")[1] for name in sums if name.startswith("found/")} == {"0", "2"}
+
+
 def test_faster_rcnn_stands_behind_the_same_methods() -> None:
     with torch.device("meta"):
         module = models.build({"name": "fasterrcnn_mobilenet_v3_large_320_fpn"}, 4, 3, 320)

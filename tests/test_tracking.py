@@ -65,7 +65,7 @@ class Run:
         }
         self.journal.append("run_started", self.started, 1000.0)
 
-    def publish(self, version: int, *, judged: bool = True) -> None:
+    def publish(self, version: int, *, judged: bool = True, classes: dict[str, Any] | None = None) -> None:
         self.versions.write(version, WEIGHTS + version, LAYOUT, model_card(self.started, version))
         stored = self.versions.keep(version)
         share = {"ticket": "t", "base": max(0, version - 2), "steps": 4, "examples": 64, "seconds": 1.0, "loss": 1.0}
@@ -86,6 +86,7 @@ class Run:
             "bytes_down": 40,
             "bytes_total": 60 * version,
             "step_norm": 0.5,
+            **({} if classes is None else {"classes": classes}),
         }
         self.journal.append("version_published", body, at)
         self.journal.append("weights_kept", {"version": version, **asdict(stored)}, at)
@@ -320,6 +321,24 @@ def test_a_model_in_mlflow_holds_the_weights_their_lineage_and_their_score(
     assert json.loads((place / "lineage.json").read_text())["contributions"][1]["base"] == 3
     assert [output.step for output in found.outputs.model_outputs] == [5]
     assert place.is_relative_to(home)
+
+
+def test_a_class_list_that_changed_is_a_table_of_its_version(run: Run, home: Path) -> None:
+    task = {**TASK, "classes": ["boot", "coat", "hat", "cap"], "gone": {"hat": "cap"}}
+    for version in range(6):
+        changed = {"change": {}, "task": task, "layout": LAYOUT.to_json()} if version == 3 else None
+        run.publish(version, judged=False, classes=changed)
+    follow(run.folder, home=home, patience_s=20)
+    sink = Sink(home=home)
+    found = _the_run(sink).info
+    files = {file.path for file in sink.client.list_artifacts(found.run_id, "classes")}
+    assert files == {"classes/v00000.json", "classes/v00003.json"}
+    place = Path(found.artifact_uri.removeprefix("file://"))
+    table = json.loads((place / "classes" / "v00003.json").read_text())
+    assert table["data"] == [[0, "boot", ""], [1, "coat", ""], [2, "hat", "counts as cap"], [3, "cap", ""]]
+    (model,) = sink.client.search_logged_models([found.experiment_id])
+    card = json.loads((Path(model.artifact_location.removeprefix("file://")) / "raypipe.json").read_text())
+    assert (card["version"], card["task"]) == (5, task)
 
 
 def test_told_twice_is_told_once(run: Run, home: Path) -> None:

@@ -23,8 +23,8 @@ from raypipe.coordinator.closing import conclude, unjudged
 from raypipe.coordinator.composition import Composition
 from raypipe.coordinator.loop import drive
 from raypipe.coordinator.shell import Handle, Shell
+from raypipe.coordinator.stages import rehearse
 from raypipe.errors import ConfigError, RaypipeError, RunError, StoreSuperseded
-from raypipe.models.growth import no_growth
 from raypipe.store.actor import StoreClient
 from raypipe.tasks.class_list import Change
 from raypipe.tracking.actor import MlflowFollower
@@ -32,6 +32,7 @@ from raypipe.tracking.actor import MlflowFollower
 RETRY_S = 5.0
 FIRST = 1  # the epoch of a run's first coordinator
 DRAIN_S = 30.0  # how long the end waits for MLflow
+HEARD_S = 10.0  # in which the machine takes up what somebody asks for
 Judged: TypeAlias = tuple[list[dict[str, Any]], dict[str, float], dict[str, float]]  # as `conclude` gives it
 
 
@@ -138,14 +139,19 @@ class Coordinator:
         if made is None or made.machine.ending is not None:
             raise RunError(f"the run {'has not begun yet' if made is None else 'ends'}: its classes stay as they are")
         asked = TypeAdapter(Change).validate_python(change)
-        version = made.machine.place(asked, wanted)
-        if asked.add and not made.stages.at(0).form.rows:
-            raise ConfigError(no_growth(made.config.model["name"]))
+        version, newest = made.machine.place(asked, wanted), made.machine.version
+        planned = {v: one for v, one in made.machine.changes.items() if v > newest} | {version: asked}
+        await asyncio.to_thread(rehearse, made.stages.at(newest), made.shell.next_stage, planned)
         last = made.config.stop.max_versions
         if last is not None and version >= last:
             raise ConfigError(f"version {version} is too late for new classes: the run ends with version {last}")
-        made.shell.inbox.put_nowait(ev.ClassesAsked(asked, version, made.shell.clock()))
-        return version
+        made.shell.inbox.put_nowait(ev.ClassesAsked(asked, wanted, made.shell.clock()))
+        until = time.monotonic() + HEARD_S
+        while time.monotonic() < until:
+            await asyncio.sleep(0.05)
+            if found := [v for v, one in made.machine.changes.items() if one is asked]:
+                return found[0]
+        raise RunError("the change could not be taken up any more: the run's own lines say why")
 
     async def leave(self, store: str) -> None:
         """Let a store go; what it has contributed stays."""

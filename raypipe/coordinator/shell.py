@@ -29,7 +29,7 @@ from raypipe.coordinator import events as ev
 from raypipe.coordinator.board import Board
 from raypipe.coordinator.diary import Diary
 from raypipe.coordinator.notary import Checked, Notary
-from raypipe.coordinator.stages import Stage, Stages
+from raypipe.coordinator.stages import Next, Stages
 from raypipe.coordinator.state import Memory
 from raypipe.errors import ConfigError, RunError, StoreClosed, StoreError, StoreRefused, StoreSuperseded
 from raypipe.ledger.follow import KINDS
@@ -130,7 +130,7 @@ class Shell:
         seed: int,
         epoch: int,
         stages: Stages,
-        next_stage: Callable[[Stage, int, Change], Stage],
+        next_stage: Next,
         how: list[msg.Part],
         max_epochs: float | None,
         max_steps: int | None,
@@ -157,7 +157,7 @@ class Shell:
         self._asks_all = asks_all
         self._asked: dict[str, asyncio.Event] = {}
         self._visits: dict[str, asyncio.Task[None]] = {}
-        self.stages, self._next_stage = stages, next_stage
+        self.stages, self.next_stage = stages, next_stage
         self._run, self._seed, self._epoch, self._how = run, seed, epoch, how
         self._max_epochs, self._max_steps = max_epochs, max_steps
         self._handles: dict[int, Handle] = {}
@@ -562,7 +562,7 @@ class Shell:
     def _change_classes(self, version: int, change: Change) -> dict[str, Any]:
         """The newest version in its next stage; what the record says of it."""
         stage, classes = self.stages.at(version - 1), ClassList.of(self.stages.at(version - 1).plan.task)
-        then = self._next_stage(stage, version, change)
+        then = self.next_stage(stage, version, change)
         self.model.grow(Growth(stage.form, then.form, classes.live, classes.begins(change)))
         self.stages.add(then)
         return {"change": asdict(change), "task": then.plan.task, "layout": then.layout.to_json()}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from raypipe.models.growth import Form
+from raypipe.errors import ConfigError
+from raypipe.models.growth import Form, no_growth
 from raypipe.store.messages import Plan, encode
+from raypipe.tasks.class_list import Change
 from raypipe.types import Layout
 
 
@@ -24,6 +28,18 @@ class Stage:
     @property
     def layout(self) -> Layout:
         return self.form.layout
+
+
+Next: TypeAlias = Callable[[Stage, int, Change], Stage]  # what follows a stage at a version with this change
+
+
+def rehearse(now: Stage, follow: Next, changes: Mapping[int, Change]) -> None:
+    """Make all that would follow, so that what cannot be is known before it would end a run. Raises ConfigError."""
+    for version, change in sorted(changes.items()):
+        then = follow(now, version, change)
+        if len(then.form.rows) != len(now.form.rows) or (change.add and not now.form.rows):
+            raise ConfigError(no_growth(now.plan.model["name"]))
+        now = then
 
 
 class Stages:

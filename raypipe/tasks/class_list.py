@@ -48,6 +48,7 @@ class ClassList:
 
     names: tuple[str, ...]
     gone: Mapping[str, str | None] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)  # by `task.merge`: what else stores may call a class
 
     @classmethod
     def of(cls, task: Part) -> ClassList:
@@ -59,7 +60,8 @@ class ClassList:
             )
         if not isinstance(names, list | tuple):
             raise ConfigError("task.classes: classes that change have names; write them as a list")
-        return cls(tuple(names), dict(task.get("gone", {})))
+        aliases = {other: name for name, others in task.get("merge", {}).items() for other in others}
+        return cls(tuple(names), dict(task.get("gone", {})), aliases)
 
     @property
     def live(self) -> tuple[int, ...]:
@@ -103,7 +105,8 @@ class ClassList:
             raise ConfigError(problems)
         gone = {name: as_ for name, as_ in self.gone.items() if name not in change.add}
         gone |= {**dict(change.merge), **dict.fromkeys(change.retire)}
-        return ClassList((*self.names, *(name for name in change.add if name not in self.names)), gone)
+        names = (*self.names, *(name for name in change.add if name not in self.names))
+        return ClassList(names, gone, self.aliases)
 
     def begins(self, change: Change) -> tuple[tuple[int, ...], ...]:
         """For each name that a change appends the numbers of the classes that it is made of; () for one all new."""
@@ -117,6 +120,11 @@ class ClassList:
         merged = [old for old, _ in change.merge]
         problems = [f"add: {name!r} is no name" for name in change.add if not name.strip()]
         problems += [f"add: {name!r} is a class already" for name in change.add if name in live]
+        problems += [
+            f"add: {name!r} counts as {self.aliases[name]!r} by task.merge; take another name"
+            for name in change.add
+            if name in self.aliases
+        ]
         problems += [
             f"add: {name!r} counts as {self.gone[name]!r} since it was merged; take another name"
             for name in change.add
