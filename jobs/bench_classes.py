@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 
 from raypipe.config.schema import RunConfig
+from raypipe.data.places import make_data_sets
 from raypipe.data.sample import SIZE, encode_png, load_sample
 from raypipe.data.schema import write_split
-from raypipe.data.stores import place_data
 from raypipe.run import new_run_id
 from raypipe.tracking.journal import FILE, Journal
 
@@ -56,24 +56,25 @@ def write_stores(folder: Path, old: Sequence[str], train: int | None = None, jud
     source = load_sample()
     parts = {"train": source.read("train"), "validation": _both(source.read("validation"), source.read("test"))}
     most = {"train": train, "validation": judged}
-    for place, store in enumerate([*KNOWING, *OTHERS]):
+    places = {store: place for place, store in enumerate([*KNOWING, *OTHERS])}
+
+    def write(store: str, data: Path) -> None:
         names = list(old) if store in KNOWING else list(source.classes)
+        number = np.array([names.index(name) if name in names else -1 for name in source.classes])
+        for split, (images, labels) in parts.items():
+            end = len(labels) if most[split] is None else most[split]
+            mine = np.arange(places[store], end, len(places))
+            mine = mine[number[labels[mine]] >= 0]
+            write_split(
+                data / f"{split}.parquet",
+                images=encode_png(images[mine], level=1),
+                labels=number[labels[mine]],
+                classes=names,
+                image_ids=[str(image) for image in mine],
+                shapes=np.full((len(mine), 2), SIZE),
+            )
 
-        def write(data: Path, place: int = place, names: list[str] = names) -> None:
-            for split, (images, labels) in parts.items():
-                mine = np.arange(place, len(labels) if most[split] is None else most[split], 4)
-                number = np.array([names.index(name) if name in names else -1 for name in source.classes])
-                mine = mine[number[labels[mine]] >= 0]
-                write_split(
-                    data / f"{split}.parquet",
-                    images=encode_png(images[mine], level=1),
-                    labels=number[labels[mine]],
-                    classes=names,
-                    image_ids=[str(image) for image in mine],
-                    shapes=np.full((len(mine), 2), SIZE),
-                )
-
-        place_data(folder / store, store, "products", {"made by": "bench_classes"}, write)
+    make_data_sets(folder, list(places), "products", {"made by": "bench_classes"}, lambda: write)
 
 
 def _both(one: Any, other: Any) -> Any:
