@@ -136,7 +136,9 @@ class Clockwork:
                 self._later(ev.UpdateArrived(action.ticket, update.nbytes, at + update.nbytes / UP))
             case do.Fold(portions=portions):
                 learned = [self._variate_of(portion) for portion in portions]
-                refused = self.sum.fold([(self._updates.pop(p.ticket), p.weight, p.steps) for p in portions], learned=learned)
+                refused = self.sum.fold(
+                    [(self._updates.pop(p.ticket), p.weight, p.steps) for p in portions], learned=learned
+                )
                 bad = tuple((portions[index].ticket, reason) for index, reason in refused.items())
                 good = tuple(p.ticket for index, p in enumerate(portions) if index not in refused)
                 self._later(ev.Folded(good, bad, at))

@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from compare_arms import LONGEST, MODEL, TASK, Result, Scale, Unit, configuration
+from compare_arms import LONGEST, MODEL, Result, Scale, Unit, configuration
 from compare_clock import STEP_S, Look, Trace
-from compare_world import NUM
+from compare_world import NUM, TASK
 
 from raypipe.store.code import code_hash
 
@@ -57,7 +57,9 @@ class Kept:
 
     def cpu_s(self, arm: str, scale: Scale) -> float | None:
         """CPU seconds of a run of this arm, by those that are here."""
-        known = [result.cpu_s for result in self._found.values() if (result.unit.arm, result.unit.scale) == (arm, scale)]
+        known = [
+            result.cpu_s for result in self._found.values() if (result.unit.arm, result.unit.scale) == (arm, scale)
+        ]
         return fmean(known) if known else None
 
 
@@ -133,4 +135,3 @@ def plan(units: Iterable[Unit], kept: Kept, processes: int) -> list[str]:
         lines.append(f"  {arm}: {len(runs)} runs of {'' if known is not None else 'about '}{each:.0f} s")
     minutes = total / 60 / processes
     return [f"to be run, in about {minutes:.0f} minutes on {processes} processes that have a core each:", *lines]
-

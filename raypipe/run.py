@@ -60,6 +60,8 @@ def _class_problems(config: RunConfig) -> list[str]:
     problems = [f"class_changes: version {v} is named twice; make one change of both" for v in twice(map(str, at))]
     late = [v for v in at if last is not None and v >= last]
     problems += [f"class_changes: version {v} comes too late: the run ends with version {last}" for v in late]
+    if at and config.train.control_variates:
+        problems.append("class_changes: not with train.control_variates, whose table has the first version's shape")
     if problems or not at:
         return problems
     try:

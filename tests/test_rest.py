@@ -23,7 +23,7 @@ def test_sigterm_lets_a_run_rest_and_only_ctrl_c_ends_it() -> None:
         key.check()
         assert done == ["ask"]
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(RunError, match="^stopped for now; it goes on with: raypipe train --resume run-1$"):
+        with pytest.raises(RunError, match=r"^stopped for now; it goes on with: raypipe train --resume run-1$"):
             key.check()
     assert done == ["ask", "rest"]
 

@@ -138,6 +138,8 @@ class Coordinator:
         made = self._composition
         if made is None or made.machine.ending is not None:
             raise RunError(f"the run {'has not begun yet' if made is None else 'ends'}: its classes stay as they are")
+        if made.config.train.control_variates:
+            raise ConfigError("classes stay as they are in a run with train.control_variates")
         asked = TypeAdapter(Change).validate_python(change)
         version, newest = made.machine.place(asked, wanted), made.machine.version
         planned = {v: one for v, one in made.machine.changes.items() if v > newest} | {version: asked}
