@@ -206,7 +206,7 @@ def _closed_form(unit: Unit, world: World, said: RunConfig) -> Trace:
     model.load(with_head(layout, first, name, total.solve(unit.rate)))
     after, down = world.recalls(model), 4 * layout.size * len(IDS)
     moments = np.arange(1, int(unit.scale.seconds / unit.scale.every_s + 1e-9) + 1) * unit.scale.every_s
-    trace.looks = [Look(float(at), after if at >= ready else before, up * (at >= ready), down) for at in moments]
+    trace.looks = [Look(float(at), after if at >= ready else before, up if at >= ready else 0, down) for at in moments]
     if ready <= unit.scale.seconds:  # the moment itself, between two looks
         trace.looks = sorted([*trace.looks, Look(ready, after, up, down)], key=lambda look: look.at)
     return trace
