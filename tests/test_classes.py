@@ -593,8 +593,7 @@ def test_a_run_is_taken_up_in_the_classes_that_it_had(stores: Path, tmp_path: Pa
                 raise Gone
 
         made.shell.record = dies  # type: ignore[method-assign]
-        with pytest.raises(Gone):
-            _drive(made, asked)
+        _drive(made, asked)
         made.shell.book._journal.close()
         for port in asked.values():
             port.site.close()
@@ -608,6 +607,7 @@ class Gone(Exception):
 
 
 def _drive(made: Any, asked: dict[str, SitePort]) -> None:
+    """Until it dies."""
     import asyncio
 
     from raypipe.coordinator.loop import drive
@@ -619,12 +619,11 @@ def _drive(made: Any, asked: dict[str, SitePort]) -> None:
         running = asyncio.create_task(
             drive(made.machine, made.shell.perform, made.shell.inbox, made.shell.clock, made.shell.note, made.first)
         )
-        try:
-            await asyncio.wait({lane, running}, return_when=asyncio.FIRST_COMPLETED, timeout=60)
-            lane.result()
-        finally:
-            for task in (lane, running, *keeping):
-                task.cancel()
+        await asyncio.wait({lane, running}, return_when=asyncio.FIRST_COMPLETED, timeout=60)
+        for task in (lane, running, *keeping):
+            task.cancel()
+        ended = await asyncio.gather(lane, running, *keeping, return_exceptions=True)
+        assert isinstance(ended[0], Gone)
 
     try:
         asyncio.run(work())
