@@ -17,6 +17,8 @@ CPU = torch.device("cpu")
 class Part:
     """Examples first, first + 1, ...; each with as many boxes as its number modulo 3, labelled by that number."""
 
+    labelled = None
+
     def __init__(self, first: int, num: int, bad: set[int]) -> None:
         self.first, self.num, self.total, self.num_bytes, self.bad = first, num, num + len(bad), num, bad
 
