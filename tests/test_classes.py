@@ -31,7 +31,7 @@ from raypipe.coordinator.resume import bring_back
 from raypipe.coordinator.state import Scores
 from raypipe.data.sample import encode_png
 from raypipe.data.schema import write_split
-from raypipe.errors import ConfigError, StoreClosed, StoreRefused
+from raypipe.errors import ConfigError, StoreClosed, StoreRefused, StoreUnreachable
 from raypipe.models.flat import initial
 from raypipe.models.growth import Form, Growth, padded
 from raypipe.models.tensors import state_dict_from
@@ -719,3 +719,33 @@ def test_gone_names_classes_that_there_are(tmp_path: Path) -> None:
         named.changed(Change(add=("c",)))
     with pytest.raises(ConfigError, match="counts twice"):
         tasks.build(part(["a", "b"], merge={"a": ["b"]}))
+
+
+def test_what_is_frozen_travels_once_a_class_list(stores: Path, tmp_path: Path) -> None:
+    """And what is put together at a store is whole after the head grew."""
+    from raypipe.store.pieces import Pieces
+
+    wide = {"model": {"name": "small_cnn", "hidden": 64}, "train": {"lr": 0.05, "local_steps": 1, "trained": "head"}}
+    asked = ports(stores)
+    seen: list[tuple[str, int, int | None]] = []
+    for store, port in asked.items():
+        pieces, given, train = Pieces(), list[Any](), port.train
+
+        async def whole(
+            ticket: Any, plan: bytes, weights: Any, how: Any = None, store: str = store, pieces: Pieces = pieces,
+            given: list[Any] = given, train: Any = train,
+        ) -> Any:  # fmt: skip
+            """As the client and the actor of a store do it."""
+            still = None if given and given[-1] is weights.still else weights.still
+            given.append(weights.still)
+            seen.append((store, ticket.version, None if still is None else still.size))
+            return await train(ticket, plan, pieces.whole(plan, weights.moving, still))
+
+        port.train = whole  # type: ignore[method-assign]
+        port.evaluate = _no_word  # type: ignore[method-assign,assignment]
+    run(config(versions=6, evaluate={"every": 100, "alone": False, "test": False}, **wide), tmp_path, asked)
+    assert {(version, size is not None) for _, version, size in seen} == {(v, v in (0, 3)) for v in range(6)}
+
+
+async def _no_word(*_: Any) -> Any:
+    raise StoreUnreachable("it is not asked")
