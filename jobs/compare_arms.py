@@ -37,16 +37,11 @@ NUM_CLASSES = 10
 LRS = (0.01, 0.03, 0.1)
 RIDGES = (1e-4, 1e-2, 1.0)  # as many trials for the closed form
 LONGEST = 4.0  # times the others' seconds that the pooled arm may go on until its plateau
-BUDGET_S = 2.0  # of a paced ticket
 FEDERATED: dict[str, dict[str, Any]] = {
     "wait for all": {"pace": "wait_for_all", "train": {"local_epochs": 1}},
     "k of n": {"pace": "k_of_n", "train": {"local_epochs": 1}},
-    "paced": {"pace": "paced", "pacing": {"budget_s": BUDGET_S}},
-    "paced with control variates": {
-        "pace": "paced",
-        "pacing": {"budget_s": BUDGET_S},
-        "train": {"control_variates": True},
-    },
+    "paced": {"pace": "paced"},
+    "paced with control variates": {"pace": "paced", "train": {"control_variates": True}},
     "FedBuff, long tickets": {"pace": "fedbuff", "train": {"local_epochs": 1}},
     "FedBuff, short tickets": {"pace": "fedbuff", "train": {"local_epochs": 0.2}},
 }
