@@ -22,7 +22,8 @@ from raypipe.coordinator.asking import Answers, Question, ask
 from raypipe.coordinator.closing import conclude, unjudged
 from raypipe.coordinator.composition import Composition
 from raypipe.coordinator.loop import drive
-from raypipe.coordinator.shell import Handle, Shell
+from raypipe.coordinator.ports import Handle
+from raypipe.coordinator.shell import Shell
 from raypipe.coordinator.stages import rehearse
 from raypipe.errors import ConfigError, RaypipeError, RunError, StoreSuperseded
 from raypipe.store.actor import StoreClient

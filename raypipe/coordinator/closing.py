@@ -9,7 +9,7 @@ from typing import Any
 
 from raypipe.coordinator.board import Board
 from raypipe.coordinator.notary import Notary
-from raypipe.coordinator.shell import Handle, Port
+from raypipe.coordinator.ports import Handle, Port
 from raypipe.errors import StoreError
 from raypipe.store import messages as msg
 from raypipe.store.seeds import ticket_seed

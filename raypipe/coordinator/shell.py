@@ -14,110 +14,36 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
-from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from raypipe.aggregation.variates import Learned, Sent, Variates
+from raypipe.aggregation.variates import Learned, Variates
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
+from raypipe.coordinator.attendance import Attendance
+from raypipe.coordinator.bases import Bases
 from raypipe.coordinator.board import Board
 from raypipe.coordinator.diary import Diary
 from raypipe.coordinator.notary import Checked, Notary
+from raypipe.coordinator.ports import Book, Handle, Model
 from raypipe.coordinator.stages import Next, Stages
 from raypipe.coordinator.state import Memory
 from raypipe.errors import ConfigError, RunError, StoreClosed, StoreError, StoreRefused, StoreSuperseded
 from raypipe.ledger.follow import KINDS
-from raypipe.models.growth import Form, Growth
+from raypipe.models.growth import Growth
 from raypipe.store import messages as msg
 from raypipe.store.seeds import ticket_seed
 from raypipe.tasks.class_list import Change, ClassList
 from raypipe.tasks.metrics import means
-from raypipe.types import Layout
 
 UNJUDGED = 64  # versions back to which a judgement may still come
-MAX_RETRY_S = 300.0  # between two tries to have a store in
-PATIENCE_S = 20.0  # before a store that does not come is spoken of
 ROOM_S = 2.0  # between two looks whether a full disk has room
 ROOM_BYTES = 4 << 20
-Handle: TypeAlias = Any  # a version's weights as stores can fetch them
-
-
-class Port(Protocol):
-    """One store, wherever it is; see store/messages.py."""
-
-    async def join(self) -> msg.Card: ...
-    def waiting_for(self, waited_s: float) -> str: ...
-    async def train(
-        self,
-        ticket: msg.Ticket,
-        plan: bytes,
-        weights: Handle,
-        how: list[msg.Part] | None = None,
-        correction: Handle = None,
-    ) -> msg.Report: ...
-    async def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray: ...
-    async def evaluate(self, plan: bytes, weights: Handle, split: str) -> msg.Evaluation: ...
-    def settle(self, verdict: msg.Verdict) -> None: ...
-    def tell(self) -> None: ...
-    def control(self, ticket: str, command: msg.Command) -> None: ...
-    async def watch(self, heartbeat_s: float, pauses: Callable[[str], None]) -> tuple[bool, str]: ...
-    def kill(self) -> None: ...
-    async def release(self) -> None: ...
-
-
-class Model(Protocol):
-    """The global model; see aggregation/global_model.py."""
-
-    variates: Variates | None  # of the newest version; None in a run without
-
-    @property
-    def layout(self) -> Layout: ...
-    @property
-    def vector(self) -> np.ndarray: ...
-    def fold(
-        self,
-        portions: Sequence[tuple[np.ndarray, float, int | None]],
-        forms: Sequence[Form] | None,
-        learned: Sequence[Learned | None],
-    ) -> dict[int, str]: ...
-    def grow(self, growth: Growth) -> None: ...
-    @property
-    def state(self) -> Mapping[str, np.ndarray]: ...
-    @property
-    def average(self) -> np.ndarray | None: ...
-    def step(self, full_weight: float, statistic_mix: float) -> float: ...
-
-
-class Tables(Protocol):
-    """The stores' control variates on the disk; see tracking/variates.py."""
-
-    def write(self, version: int, variates: Variates) -> None: ...
-    def read(self, version: int) -> Variates | None: ...
-    def prune(self, keep: frozenset[int]) -> None: ...
-
-
-class Book(Protocol):
-    """The durable record; see tracking/."""
-
-    @property
-    def variates(self) -> Tables: ...
-    def record(self, kind: str, body: Mapping[str, Any]) -> None: ...
-    def hash(self, vector: np.ndarray) -> str: ...
-    def write(
-        self, version: int, vector: np.ndarray, layout: Layout, state: Mapping[str, np.ndarray], task: msg.Part
-    ) -> None: ...
-    def force(self, version: int) -> None: ...
-    def keep(self, version: int) -> None: ...
-    def read(self, version: int, layout: Layout) -> np.ndarray: ...
-    def folded_into(self, ticket: str) -> int | None: ...
-    def prune(self, in_use: frozenset[int], best: int | None) -> None: ...
-    def room(self) -> int: ...
 
 
 class Shell:
@@ -150,21 +76,24 @@ class Shell:
         `next_stage`: what follows one at a version whose class list changes.
         """
         self.inbox: asyncio.Queue[ev.Event] = asyncio.Queue()
-        self.ports: dict[str, Port] = {}
         self.model, self.book, self.board, self.put = model, book, board, put
         self.diary, self.memory = diary, memory
         self.clock, self.wall, self.notary = clock, wall, notary
-        self._asks_all = asks_all
-        self._asked: dict[str, asyncio.Event] = {}
-        self._visits: dict[str, asyncio.Task[None]] = {}
         self.stages, self.next_stage = stages, next_stage
+        self.bases = Bases(stages, book, put, varies=model.variates is not None)
+        self.attendance = Attendance(
+            stages.at(0).plan.data,
+            self.bases,
+            record=self._in_lane,
+            tell=self.inbox.put_nowait,
+            clock=clock,
+            notary=notary,
+            asks_all=asks_all,
+        )
+        self.ports, self.keep = self.attendance.ports, self.attendance.keep
         self._run, self._seed, self._epoch, self._how = run, seed, epoch, how
         self._max_epochs, self._max_steps = max_epochs, max_steps
-        self._handles: dict[int, Handle] = {}
-        self._holds: Counter[int] = Counter()  # tickets in flight on each version
-        self._sent: set[tuple[int, str]] = set()
         self._updates: dict[str, np.ndarray] = {}
-        self._tables: dict[int, Variates] = {}  # as _handles, in a run with control variates
         self._learned: dict[str, Learned] = {}  # by ticket
         self._collecting: set[str] = set()
         self._owed: dict[int, do.Record] = {}  # decided, perhaps not written yet
@@ -173,9 +102,6 @@ class Shell:
         self._arithmetic = ThreadPoolExecutor(1, thread_name_prefix="arithmetic")
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
-        self._bytes_down = self._bytes_total = 0
-        self._still: dict[int, Handle] = {}  # of frozen weights, made at the first version of a stage
-        self._has_still: set[tuple[str, int]] = set()  # stores that were given them
         self._started = self._published = clock()
 
     async def perform(self, action: do.Action) -> ev.Event | None:
@@ -205,97 +131,12 @@ class Shell:
             case do.Restart():
                 self.ports[action.store].kill()
             case do.Ask():
-                self._asked.setdefault(action.store, asyncio.Event()).set()
+                self.attendance.ask(action.store)
             case do.Release():
-                self._asked[action.store].clear()
-                if (visit := self._visits.get(action.store)) is not None:
-                    visit.cancel()
+                self.attendance.release(action.store)
             case do.Finish():
                 pass
         return None
-
-    # -- stores ---------------------------------------------------------------------------------------------
-
-    async def keep(self, store: str, port: Port, heartbeat_s: float, retry_s: float, *, trains: bool = True) -> None:
-        """Have a store in the run for as long as the run lasts, and as it is asked for."""
-        self.ports[store], asked = port, self._asked.setdefault(store, asyncio.Event())
-        if self._asks_all or not trains:
-            asked.set()
-        while True:
-            await asked.wait()
-            visit = self._visits[store] = asyncio.ensure_future(
-                self._visited(store, port, heartbeat_s, retry_s, trains)
-            )
-            try:
-                await asyncio.wait({visit})
-            finally:
-                visit.cancel()
-            if not visit.cancelled():
-                visit.result()
-            await port.release()
-
-    async def _visited(self, store: str, port: Port, heartbeat_s: float, retry_s: float, trains: bool) -> None:
-        """Join, watch, and take it in again when it returns; until cancelled."""
-        said, tries = "", 0
-        while True:
-            try:
-                card = await self._joined(store, port)
-            except StoreSuperseded:
-                raise
-            except StoreError as error:
-                kind = "store_set_aside" if isinstance(error, StoreRefused) else "store_missing"
-                if said != error.message:
-                    await self._in_lane(do.Record(kind, {"store": store, "reason": error.message}))
-                said = error.message
-                port.kill()
-                await asyncio.sleep(min(MAX_RETRY_S, retry_s * 2**tries))
-                tries = min(tries + 1, 16)
-                continue
-            said, tries = "", 0
-            self._has_still = {(s, stage) for s, stage in self._has_still if s != store}  # it may be another process
-            counts = card.data.get(self._data, {})
-            body = {"store": store, "counts": counts, "cpus": card.cpus, "gpu": card.gpu, "node": card.node}
-            body |= {"key": card.key, "limits": card.limits}
-            body |= {"data_bytes": card.data_bytes.get(self._data, 0), "hash": card.data_hashes.get(self._data)}
-            if card.code:
-                body["vault_code"] = card.code
-            await self._in_lane(do.Record("store_joined", body))
-            if trains:
-                rate = card.limits.get("max_upload_bytes_s")
-                self.inbox.put_nowait(ev.StoreJoined(store, counts.get("train", 0), self.clock(), card.outbox, rate))
-            silent, why = await port.watch(heartbeat_s, partial(self._pauses, store, trains))
-            event = ev.StoreHung if silent else ev.StoreLeft
-            if trains:
-                self.inbox.put_nowait(event(store, why, self.clock()))
-            else:
-                port.kill()
-            if silent:
-                await asyncio.sleep(retry_s)  # the machine has its process ended
-
-    def _pauses(self, store: str, trains: bool, reason: str) -> None:
-        """Or goes on, where there is no reason."""
-        if trains:
-            at = self.clock()
-            self.inbox.put_nowait(ev.StorePaused(store, reason, at) if reason else ev.StoreWentOn(store, at))
-
-    async def _joined(self, store: str, port: Port) -> msg.Card:
-        """The store's card; who waits long is told what for."""
-        joining = asyncio.ensure_future(port.join())
-        try:
-            await asyncio.wait({joining}, timeout=PATIENCE_S)
-            if not joining.done():
-                reason = port.waiting_for(PATIENCE_S)
-                await self._in_lane(do.Record("store_missing", {"store": store, "reason": reason}))
-            card = await joining
-            if self.notary is not None:
-                await asyncio.to_thread(self.notary.admit, store, card)
-            return card
-        finally:
-            joining.cancel()
-
-    @property
-    def _data(self) -> str:
-        return self.stages.at(0).plan.data
 
     # -- tickets --------------------------------------------------------------------------------------------
 
@@ -313,8 +154,8 @@ class Shell:
             max_epochs=self._max_epochs,
             evaluate="validation" if action.evaluate else None,
         )
-        self._count_down(action.version, action.store)
-        self._holds[action.version] += 1
+        self.bases.count_down(action.version, action.store)
+        self.bases.hold(action.version)
         if action.evaluate:
             self._unjudged.add(action.version)
         try:
@@ -326,7 +167,7 @@ class Shell:
         except StoreError as error:
             return self._without_update(action, error)
         finally:
-            self._release(action.version)
+            self.bases.release(action.version)
             self.board.ready(action.store)
         if self.notary is not None:
             self.notary.heard(action.store, replace(report, ticket=action.ticket, version=action.version))
@@ -347,14 +188,13 @@ class Shell:
 
     async def _taught(self, action: do.Train, ticket: msg.Ticket) -> msg.Report:
         """Raises StoreError."""
-        handle = await self._handle(action.version)
-        sent = await self._sent_with(action)
+        handle = await self.bases.handle(action.version)
+        sent = await self.bases.sent_with(action.version, action.store)
         correction = None if sent is None else await asyncio.to_thread(sent.correction)
         more = []
         if correction is not None:
             more = [self.put(correction)]
-            self._bytes_down += correction.nbytes
-            self._bytes_total += correction.nbytes
+            self.bases.moved(correction.nbytes)
         plan = self.stages.at(action.version).raw
         report = await self.ports[action.store].train(ticket, plan, handle, self._how, *more)
         if sent is not None:
@@ -383,14 +223,14 @@ class Shell:
             return ev.TrainingFailed(action.ticket, "it came too late", self.clock())
         self._collecting.discard(action.ticket)
         self._updates[action.ticket] = update
-        self._bytes_total += update.nbytes
+        self.bases.bytes_total += update.nbytes
         return ev.UpdateArrived(action.ticket, update.nbytes, self.clock(), signed.digest, signed.signature)
 
     async def _evaluate(self, action: do.Evaluate) -> ev.Event:
-        self._count_down(action.version, action.store)
-        self._holds[action.version] += 1
+        self.bases.count_down(action.version, action.store)
+        self.bases.hold(action.version)
         try:
-            port, handle = self.ports[action.store], await self._handle(action.version)
+            port, handle = self.ports[action.store], await self.bases.handle(action.version)
             judged = await port.evaluate(self.stages.at(action.version).raw, handle, "validation")
             return self._judged(action.version, action.store, judged)
         except StoreSuperseded:
@@ -398,65 +238,13 @@ class Shell:
         except StoreError:
             return ev.EvaluationFailed(action.version, action.store, self.clock())
         finally:
-            self._release(action.version)
+            self.bases.release(action.version)
 
     def _judged(self, version: int, store: str, evaluation: msg.Evaluation) -> ev.Event:
         values = means(evaluation.sums, evaluation.num_examples)
         if not values or not all(map(math.isfinite, values.values())):
             return ev.EvaluationFailed(version, store, self.clock())
         return ev.Evaluated(version, store, values, evaluation.num_examples, self.clock())
-
-    async def _handle(self, version: int) -> Handle:
-        """An older one only after the coordinator was away: from the disk. Raises StoreError where it is gone."""
-        if version not in self._handles:
-            try:
-                vector = await asyncio.to_thread(self.book.read, version, self.stages.at(version).layout)
-            except (ConfigError, RunError) as error:
-                raise StoreError(error.message) from None
-            self._handles[version] = self._fetchable(version, vector)
-        return self._handles[version]
-
-    async def _sent_with(self, action: do.Train) -> Sent | None:
-        """The store's control variates as they were in the ticket's base version. Raises StoreError: they are gone."""
-        if self.model.variates is None:
-            return None
-        if action.version not in self._tables:
-            table = await asyncio.to_thread(self.book.variates.read, action.version)
-            if table is None:
-                raise StoreError(f"the control variates of version {action.version} are not kept")
-            self._tables[action.version] = table
-        return self._tables[action.version].sent(action.store)
-
-    def _fetchable(self, version: int, vector: np.ndarray) -> Handle:
-        """A version for the stores; frozen weights are those of its stage's first version, fetchable once for all."""
-        stage = self.stages.at(version)
-        layout = stage.layout
-        if not layout.splits:
-            return self.put(vector)
-        if stage.since not in self._still:
-            self._still[stage.since] = self.put(vector[layout.update_size :].copy())
-        return msg.Parts(self.put(vector[: layout.update_size]), self._still[stage.since])
-
-    def _count_down(self, version: int, store: str) -> None:
-        if (version, store) in self._sent:
-            return
-        self._sent.add((version, store))
-        stage = self.stages.at(version)
-        layout, given = stage.layout, (store, stage.since)
-        num_bytes = 4 * (layout.update_size if layout.splits and given in self._has_still else layout.size)
-        self._has_still.add(given)
-        self._bytes_down += num_bytes
-        self._bytes_total += num_bytes
-
-    def _release(self, version: int) -> None:
-        """The weights leave the object store when the last ticket on them ended and a newer version is there."""
-        self._holds[version] -= 1
-        newest = max(self._handles)
-        for old in [v for v in list(self._handles) if v < newest and self._holds[v] <= 0]:
-            del self._handles[old]
-            self._tables.pop(old, None)
-            self._holds.pop(old, None)
-            self._sent = {(v, s) for v, s in self._sent if v != old}
 
     # -- the lane -------------------------------------------------------------------------------------------
 
@@ -522,12 +310,12 @@ class Shell:
         norm = self.model.step(action.full_weight, action.statistic_mix)
         changed = {} if action.change is None else {"classes": self._change_classes(action.version, action.change)}
         vector, stage = self.model.vector, self.stages.at(action.version)
-        fetchable = self._beside.submit(self._fetchable, action.version, vector)
+        fetchable = self._beside.submit(self.bases.fetchable, action.version, vector)
         weights = (action.version, vector, stage.layout, self.model.state, stage.plan.task)
         written = self._disk.submit(self._patiently, self.book.write, *weights)
         if (variates := self.model.variates) is not None:
             written = self._disk.submit(self._write_both, written, action.version, variates)
-            self._tables[action.version] = variates
+            self.bases.tables[action.version] = variates
         digest = self.book.hash(vector)
         now = self.clock()  # durations by a clock that never jumps
         body = {
@@ -539,19 +327,19 @@ class Shell:
             "seconds": now - self._published,
             "contributions": [asdict(c) for c in action.contributions],
             "bytes_up": sum(c.bytes_up for c in action.contributions),
-            "bytes_down": self._bytes_down,
-            "bytes_total": self._bytes_total,
+            "bytes_down": self.bases.bytes_down,
+            "bytes_total": self.bases.bytes_total,
             "step_norm": norm,
             "full_weight": action.full_weight,
             "statistic_mix": action.statistic_mix,
             **changed,
         }
-        self._bytes_down, self._published = 0, now
+        self.bases.bytes_down, self._published = 0, now
         written.result()
         self._patiently(self.diary.sync)
         self.record("version_published", body)
         self._unjudged = {v for v in self._unjudged if v > action.version - UNJUDGED}
-        self._handles[action.version] = fetchable.result()
+        self.bases.handles[action.version] = fetchable.result()
         return ev.Published(action.version, self.clock())
 
     def _write_both(self, weights: Future[None], version: int, variates: Variates) -> None:
@@ -568,7 +356,7 @@ class Shell:
         return {"change": asdict(change), "task": then.plan.task, "layout": then.layout.to_json()}
 
     async def _keep(self, action: do.Keep) -> ev.Event:
-        in_use = frozenset(self._unjudged | {v for v, held in self._holds.items() if held > 0})
+        in_use = frozenset(self._unjudged | self.bases.in_use())
         best = self.board.best[0] if self.board.best else None
 
         bases = frozenset(ticket.base for ticket in self.memory().tickets.values())
@@ -593,7 +381,7 @@ class Shell:
 
     def moved_before(self, num_bytes: int) -> None:
         """So much has moved before the first version."""
-        self._bytes_total += num_bytes
+        self.bases.bytes_total += num_bytes
 
     def begin(self) -> None:
         """Version 0: durable and fetchable."""
@@ -604,19 +392,19 @@ class Shell:
         self.book.write(0, self.model.vector, self.model.layout, self.model.state, self.stages.at(0).plan.task)
         if self.model.variates is not None:
             self.book.variates.write(0, self.model.variates)
-            self._tables[0] = self.model.variates
+            self.bases.tables[0] = self.model.variates
         self.book.force(0)  # there is no version before it to go back to
-        self.record("version_published", {**facts, **nothing, "bytes_total": self._bytes_total, **step})
+        self.record("version_published", {**facts, **nothing, "bytes_total": self.bases.bytes_total, **step})
         self.book.keep(0)
-        self._handles[0] = self._fetchable(0, self.model.vector)
+        self.bases.handles[0] = self.bases.fetchable(0, self.model.vector)
 
     def resume(self, last: Mapping[str, Any]) -> None:
         """The newest version, by its record, fetchable again."""
         self._started, self._published = self.clock() - last["elapsed_s"], self.clock()
-        self._bytes_total = last["bytes_total"]
-        self._handles[last["version"]] = self._fetchable(last["version"], self.model.vector)
+        self.bases.bytes_total = last["bytes_total"]
+        self.bases.handles[last["version"]] = self.bases.fetchable(last["version"], self.model.vector)
         if self.model.variates is not None:
-            self._tables[last["version"]] = self.model.variates
+            self.bases.tables[last["version"]] = self.model.variates
 
     def owe(self, actions: Sequence[do.Action]) -> None:
         """Records that were decided: until they are written, a checkpoint holds them."""
