@@ -28,6 +28,7 @@ os.environ["RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT"] = "120"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 
+@pytest.hookimpl(tryfirst=True)  # before the names of the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of two workers one has the shared cluster; any other file is one worker's, those that wait long first."""
 
