@@ -28,17 +28,20 @@ os.environ["RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT"] = "120"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 
-@pytest.hookimpl(tryfirst=True)  # before the names of the groups are read
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def group(item: pytest.Item) -> tuple[int, str]:
     """Of two workers one has the shared cluster; any other file is one worker's, those that wait long first."""
+    if "cluster" in getattr(item, "fixturenames", ()):
+        return 0, "cluster"
+    return (1 if item.path.stem in LONG else 2), item.path.stem
 
-    def group(item: pytest.Item) -> tuple[int, str]:
-        if "cluster" in getattr(item, "fixturenames", ()):
-            return 0, "cluster"
-        return (1 if item.path.stem in LONG else 2), item.path.stem
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)[1]))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Before the workers read the names of the groups."""
+    item.add_marker(pytest.mark.xdist_group(group(item)[1]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first."""
     items.sort(key=group)
 
 
