@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STORES = [f"shop-{i}" for i in range(1, 6)]
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
+ON_CLUSTER = ("test_cluster", "test_doors", "test_outbox", "test_rotation", "test_terms", "test_vault")
 LONG = ("test_nodes", "test_up", "test_chaos", "test_comeback")
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -28,21 +29,28 @@ os.environ["RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT"] = "120"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 
-def group(item: pytest.Item) -> tuple[int, str]:
-    """Of two workers one has the shared cluster; any other file is one worker's, those that wait long first."""
-    if "cluster" in getattr(item, "fixturenames", ()):
-        return 0, "cluster"
-    return (1 if item.path.stem in LONG else 2), item.path.stem
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Before the workers read the names of the groups."""
-    item.add_marker(pytest.mark.xdist_group(group(item)[1]))
+def group(nodeid: str) -> str:
+    """Tests that one of several workers runs: those of a file, or of all files that need the shared cluster."""
+    name = Path(nodeid.split("::")[0]).stem
+    return "cluster" if name in ON_CLUSTER else name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first."""
-    items.sort(key=group)
+    first = ["cluster", *LONG]
+    items.sort(key=lambda item: first.index(name) if (name := group(item.nodeid)) in first else len(first))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """See `group`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return Groups(config, log)
 
 
 @dataclass(frozen=True)
