@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STORES = [f"shop-{i}" for i in range(1, 6)]
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
-ON_CLUSTER = ("test_cluster", "test_doors", "test_outbox", "test_rotation", "test_terms", "test_vault")
+ON_CLUSTER = ("test_cluster", "test_doors", "test_outbox", "test_rest", "test_rotation", "test_terms", "test_vault")
 LONG = ("test_nodes", "test_up", "test_chaos", "test_comeback")
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -37,6 +37,9 @@ def group(nodeid: str) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()) and group(item.nodeid) != "cluster":
+            raise pytest.UsageError(f"{item.path.stem} needs the shared cluster: name it in ON_CLUSTER")
     first = ["cluster", *LONG]
     items.sort(key=lambda item: first.index(name) if (name := group(item.nodeid)) in first else len(first))
 
