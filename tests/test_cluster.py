@@ -38,11 +38,15 @@ class Federation:
         import ray
 
         from raypipe.coordinator.actor import CoordinatorActor
+        from raypipe.placement.actor import NAMESPACE
 
         self._ray = ray
         self.run = new_run_id(config["name"], time.time())
         said = RunConfig.model_validate(config).model_dump(mode="json")
-        self.actor = CoordinatorActor.remote(compose, said, self.run, str(cluster.home), {})
+        named: Any = CoordinatorActor.options(
+            name=f"coordinator/{self.run}", namespace=NAMESPACE
+        )  # as launch.begin does
+        self.actor = named.remote(compose, said, self.run, str(cluster.home), {})
         self.work = self.actor.work.remote()
         self.folder = cluster.home / "runs" / self.run
 

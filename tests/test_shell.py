@@ -193,7 +193,7 @@ def test_weights_are_handed_out_once_a_version_and_let_go(stores: Path, tmp_path
     puts: list[int] = []
     made = run(config(stop={"max_versions": 4}), tmp_path, {n: SitePort(stores / n) for n in NAMES}, puts)
     assert len(puts) == 5
-    assert sorted(made.shell._handles) == [4]
+    assert sorted(made.shell.bases.handles) == [4]
     assert made.shell._updates == {}
     assert all(port.site.describe("run").outbox == () for port in made.shell.ports.values()), "every ticket was settled"
 

@@ -15,8 +15,10 @@ names ever, and `gone`, what became of those that are no more.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from raypipe.errors import ConfigError, did_you_mean
@@ -42,7 +44,7 @@ class Change:
         return "; ".join(said + [f"{name} is retired" for name in self.retire])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ClassList:
     """All names ever, by their numbers; `gone`: those that are no more, and as what they count (None: left out)."""
 
@@ -63,6 +65,11 @@ class ClassList:
         aliases = {other: name for name, others in task.get("merge", {}).items() for other in others}
         return cls(tuple(names), dict(task.get("gone", {})), aliases)
 
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """By name; a list of ten thousands is looked up in as often."""
+        return {name: place for place, name in enumerate(self.names)}
+
     @property
     def live(self) -> tuple[int, ...]:
         """Numbers of the classes that there are."""
@@ -80,7 +87,7 @@ class ClassList:
             if counts_as is None:
                 return DROPPED
             seen = counts_as
-        return self.names.index(seen) if seen in self.names else UNKNOWN
+        return self.numbers.get(seen, UNKNOWN)
 
     def state(self, name: str) -> str:
         """For people: "" for a class that there is."""
@@ -159,8 +166,7 @@ class ClassList:
 
 def twice(names: Iterable[str]) -> list[str]:
     """Each that is there more than once."""
-    known = list(names)
-    return sorted({name for name in known if known.count(name) > 1})
+    return sorted(name for name, times in Counter(names).items() if times > 1)
 
 
 def lists(first: ClassList, changes: Mapping[int, Change]) -> dict[int, ClassList]:

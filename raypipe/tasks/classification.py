@@ -39,6 +39,7 @@ Classes: TypeAlias = (
 LossPart: TypeAlias = Annotated[dict[str, Any], BeforeValidator(_as_part), AfterValidator(_known_loss)]
 Level: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Spread: TypeAlias = Annotated[float, Field(gt=0, le=10)]
+MANY = 1000  # names that are merged or gone
 Merge: TypeAlias = dict[str, Annotated[list[str], Field(min_length=1)]]
 Unknown: TypeAlias = Literal["refuse", "ignore"]
 
@@ -122,12 +123,19 @@ def numbering(
         if merge or gone:
             raise ConfigError(f"{task}: merge and gone name classes; write task.classes as a list of names")
         return (), None
+    if (many := len(gone) + sum(map(len, merge.values()))) > MANY:  # a plan comes from elsewhere: no work without end
+        raise ConfigError(f"{task}: merge and gone hold {many} names, at most {MANY}")
     names = ClassList(tuple(classes), gone)
+    known = names.numbers
+
+    def hint(name: str) -> str:
+        return did_you_mean(name, classes) if len(classes) <= MANY else ""
+
     aliases = [(other, name) for name, others in merge.items() for other in others]
-    problems = [f"{task}.merge: no class named {n!r}.{did_you_mean(n, classes)}" for n in merge if n not in classes]
+    problems = [f"{task}.merge: no class named {n!r}.{hint(n)}" for n in merge if n not in known]
     problems += [f"{task}.merge: {name!r} counts twice" for name in twice([*classes, *(o for o, _ in aliases)])]
-    wrong = [name for old, new in gone.items() for name in (old, new) if name is not None and name not in classes]
-    problems += [f"{task}.gone: no class named {name!r}.{did_you_mean(name, classes)}" for name in wrong]
+    wrong = [name for old, new in gone.items() for name in (old, new) if name is not None and name not in known]
+    problems += [f"{task}.gone: no class named {name!r}.{hint(name)}" for name in wrong]
     problems = problems or [f"{task}.gone: {name!r} counts as itself" for name in names.circular()]
     if problems:
         raise ConfigError(problems)
