@@ -34,11 +34,10 @@ def expected_versions(policy: Policy) -> int:
 def pace_in_words(policy: Policy, num_stores: int) -> str:
     """When a version is made, in one line."""
     if policy.tick:
-        tickets = (
-            f"tickets of {policy.budget_s:g} s" if policy.budget_s else f"tickets that train {TRAINS:g} times as long"
-        )
-        long = "" if policy.budget_s else " as they take to fetch and hand over"
-        return f"{tickets}{long}, a version at each tick with who is there; late work joins the next"
+        tickets = f"tickets that train {TRAINS:g} times as long as they take to fetch and hand over"
+        if policy.budget_s is not None:
+            tickets = f"tickets of {policy.budget_s:g} s"
+        return f"{tickets}, a version at each tick with who is there; late work joins the next"
     if policy.refill == "on_arrival":
         return f"a version after each {policy.buffer_size} stores' updates; a store gets new work when it hands over"
     if policy.buffer_size is not None:
