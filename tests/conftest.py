@@ -21,7 +21,7 @@ STORES = [f"shop-{i}" for i in range(1, 6)]
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 ON_CLUSTER = ("test_cluster", "test_doors", "test_outbox", "test_rest", "test_rotation", "test_terms", "test_vault")
-LONG = ("test_nodes", "test_up", "test_chaos", "test_comeback")
+MACHINES = ("test_nodes", "test_up", "test_chaos", "test_comeback")  # start clusters of their own, with bounds in time
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ["RAY_AUTH_MODE"] = "disabled"  # loopback only
@@ -30,18 +30,21 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 
 def group(nodeid: str) -> str:
-    """Tests that one of several workers runs: those of a file, or of all files that need the shared cluster."""
+    """Tests that one of several workers runs: those of a file, or of all files that wait for a cluster's processes.
+
+    Two clusters that start at once on two cores keep no bound in time.
+    """
     name = Path(nodeid.split("::")[0]).stem
-    return "cluster" if name in ON_CLUSTER else name
+    return "cluster" if name in (*MACHINES, *ON_CLUSTER) else name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first."""
+    """The group that takes longest comes first; in it the shared cluster starts when the others have ended."""
     for item in items:
-        if "cluster" in getattr(item, "fixturenames", ()) and group(item.nodeid) != "cluster":
+        if "cluster" in getattr(item, "fixturenames", ()) and item.path.stem not in ON_CLUSTER:
             raise pytest.UsageError(f"{item.path.stem} needs the shared cluster: name it in ON_CLUSTER")
-    first = ["cluster", *LONG]
-    items.sort(key=lambda item: first.index(name) if (name := group(item.nodeid)) in first else len(first))
+    first = [*MACHINES, *ON_CLUSTER]
+    items.sort(key=lambda item: first.index(name) if (name := item.path.stem) in first else len(first))
 
 
 @pytest.hookimpl(optionalhook=True)

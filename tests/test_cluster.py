@@ -285,7 +285,7 @@ def test_the_main_job_through_ray_job_submit_while_another_federation_shares_the
         written = tmp_path / "beside.yaml"
         written.write_text(yaml.safe_dump(other))
         command = [sys.executable, "jobs/federate.py", str(written), "--address", cluster.address]
-        beside["done"] = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+        beside["done"] = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
 
     thread = threading.Thread(target=run_beside)
     try:
@@ -294,13 +294,13 @@ def test_the_main_job_through_ray_job_submit_while_another_federation_shares_the
         command = [str(ROOT / ".venv/bin/ray"), "job", "submit", "--address", cluster.jobs, "--working-dir", ".", "--"]
         command += ["python", "jobs/federate.py", "configs/.submitted.yaml"]
         for _ in range(2):  # all raylets of this machine unpack the job's files into one folder, and may be half done
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-            if "ModuleNotFoundError: No module named 'raypipe." not in done.stdout:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+            if done.returncode == 0 or list((cluster.home / "runs").glob("submitted-*")):
                 break
     finally:
         file.unlink()
         thread.join()
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1500:]
     assert "shared model on the test set" in done.stdout
     assert beside["done"].returncode == 0, beside["done"].stderr
     for name in ("submitted", "beside"):

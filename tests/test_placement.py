@@ -9,6 +9,7 @@ import subprocess
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,7 @@ from conftest import ROOT
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from raypipe.cli import main
-from raypipe.doctor.findings import Seen, findings
+from raypipe.doctor.findings import Seen, findings, stayed
 from raypipe.doctor.probe import Data, Facts
 from raypipe.errors import ConfigError
 from raypipe.placement.inventory import Machine, open_at, read_machines
@@ -355,8 +356,6 @@ def test_a_well_cluster_has_nothing_wrong() -> None:
 
 
 def test_the_doctor_says_each_thing_that_is_wrong() -> None:
-    from dataclasses import replace
-
     ill = replace(
         FACTS,
         versions={"ray": "2.57.0"},
@@ -385,6 +384,17 @@ def test_the_doctor_says_each_thing_that_is_wrong() -> None:
     ]
     assert len(lines(HEAD, node, loopback=True)) == 8
     assert lines(node) == [*lines(HEAD, node)[:6], "cluster: its head did not answer", *lines(HEAD, node)[8:]]
+
+
+def test_a_node_that_leaves_while_it_is_looked_at_is_no_fault_of_the_cluster() -> None:
+    unreached = (("10.0.0.2", 6381, "no answer"), ("10.0.0.3", 6381, "no answer"))
+    head = replace(HEAD, unreached=unreached)
+    idle = Seen("2", "10.0.0.2", False, ("a",), {}, None, trouble="did not answer in 60 s (ActorDiedError)")
+    seen = stayed([head, idle, Seen("3", "10.0.0.3", False, (), {}, FACTS)], {"1", "3"})
+    assert lines(*seen) == [
+        "10.0.0.1: cannot reach 10.0.0.3 port 6381 (no answer); Ray needs every node to reach every other"
+    ]
+    assert "10.0.0.2: left the cluster while it was looked at" in lines(*seen, level="note")
 
 
 def test_of_commands_that_start_together_the_first_makes_the_token_for_all(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raypipe.doctor.findings import Seen
+from raypipe.doctor.findings import Seen, stayed
 from raypipe.doctor.probe import Facts, http_answers, look_around, reach
 from raypipe.placement.plan import resource
 from raypipe.security import actor as _quiet  # noqa: F401  says that gRPC is not to tell failed handshakes
@@ -76,7 +76,8 @@ def see_all(wait_s: float = START_S, num_bytes: int = PROBE_BYTES) -> list[Seen]
     _reachability(nodes, probes, seen)
     for probe in probes.values():
         ray.kill(probe)
-    return [_knocked(one) for one in seen.values()]
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return stayed([_knocked(one) for one in seen.values()], alive)
 
 
 def _probe(node_id: str) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from raypipe.doctor.probe import Facts
@@ -35,6 +35,7 @@ class Seen:
     unreached: tuple[tuple[str, int, str], ...] = ()
     http: Mapping[int, str] = field(default_factory=dict)  # what a GET without credentials gets, by port
     open_ports: tuple[int, ...] = ()  # gRPC that answers a stranger
+    left: bool = False  # while it was looked at: an idle node may
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,15 @@ class Finding:
     level: Level
     who: str
     line: str
+
+
+def stayed(seen: Sequence[Seen], alive: Collection[str]) -> list[Seen]:
+    """What was seen, and who of them left meanwhile (`alive`: node ids): that others cannot reach those is no fault."""
+    gone = {one.address for one in seen} - {one.address for one in seen if one.node in alive}
+    return [
+        replace(one, left=one.node not in alive, unreached=tuple(door for door in one.unreached if door[0] not in gone))
+        for one in seen
+    ]
 
 
 def findings(seen: Sequence[Seen], wanted: Sequence[str], loopback: bool) -> list[Finding]:
@@ -63,6 +73,8 @@ def findings(seen: Sequence[Seen], wanted: Sequence[str], loopback: bool) -> lis
 
 
 def _of_node(node: Seen) -> list[Finding]:
+    if node.left:
+        return [Finding("note", node.address, "left the cluster while it was looked at")]
     if node.facts is None:
         return [Finding("WRONG", node.address, node.trouble or "did not answer")]
     facts, found = node.facts, [("WRONG", trouble) for trouble in node.facts.troubles]
