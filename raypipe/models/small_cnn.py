@@ -1,4 +1,4 @@
-"""A small convolutional network for small images: the default, made for a laptop's cores."""
+"""Small convolutional networks for small images: the default, made for a laptop's cores, and that of NIID-Bench."""
 
 from __future__ import annotations
 
@@ -45,4 +45,25 @@ def small_cnn(
         nn.Linear(2 * width * (image_size // 4) ** 2, hidden),
         nn.ReLU(),
         nn.Linear(hidden, num_outputs),
+    )
+
+
+@models("lenet")
+def lenet(num_outputs: int, channels: int, image_size: int) -> Module:
+    """As NIID-Bench trains it: two 5x5 convolutions of 6 and 16 channels, each halved by pooling, dense 120 and 84.
+
+    44,426 parameters at 28x28x1. LeCun et al. 1998, with ReLU; Li et al. 2022, arXiv:2102.02079.
+    """
+    from torch import nn
+
+    side = ((image_size - 4) // 2 - 4) // 2
+    if side < 1:
+        raise ConfigError(f"lenet needs image_size >= 16, found {image_size}")
+    return nn.Sequential(
+        *(nn.Conv2d(channels, 6, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Flatten(),
+        *(nn.Linear(16 * side**2, 120), nn.ReLU()),
+        *(nn.Linear(120, 84), nn.ReLU()),
+        nn.Linear(84, num_outputs),
     )
