@@ -505,6 +505,41 @@ def _answers(address: str) -> bool:
         return False
 
 
+def test_first_runs_that_start_at_once_share_a_store_and_one_killed_in_making_it_spoils_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from raypipe.tracking.mlflow_sink import Sink;"
+        "sink = Sink(home=Path(sys.argv[1])); print('ready', flush=True); sys.stdin.readline();"
+        "print(sink.experiment(sys.argv[2]))"
+    )
+
+    def ready(name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, str(tmp_path), name]
+        made = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True)
+        assert made.stdout is not None
+        assert made.stdout.readline() == "ready\n"
+        return made
+
+    def begin(process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+
+    killed = ready("first")
+    begin(killed)
+    while not (files := [path for path in tmp_path.glob("mlflow.db*") if path.stat().st_size]):
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert files != [tmp_path / "mlflow.db"], "it was whole already"
+    together = [ready(name) for name in ("second", "third")]
+    for process in together:
+        begin(process)
+    for process in together:
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error[-2000:]
+        assert out.strip().isdigit()
+
+
 def test_a_server_killed_and_started_again_has_everything_once(
     run: Run, server: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,12 +11,14 @@ off. The fluent API is not used: it asks for the whole run at each call, which g
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from getpass import getuser
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -97,13 +99,19 @@ class Sink:
     """A client of one tracking server or of the embedded store (an SQLite file and a folder in `home`)."""
 
     def __init__(self, uri: str | None = None, home: Path | None = None) -> None:
-        """`uri`: None for MLFLOW_TRACKING_URI, or the embedded store where that is not set. Connects later."""
+        """`uri`: None for MLFLOW_TRACKING_URI, or the embedded store where that is not set."""
         self.home = tracking_home(home)
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.home}/mlflow.db"
         self.remote = self.uri.startswith(("http://", "https://"))
         if not self.remote:
             self.home.mkdir(parents=True, exist_ok=True)
-        self.client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        """Connects when it is first asked for; an SQLite file is made by then."""
+        if self.uri.startswith("sqlite:///"):
+            _make_tables(Path(self.uri.removeprefix("sqlite:///").partition("?")[0]))
+        return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
 
     def where(self, run: RunPlace | None = None) -> str:
         """The run's page on a server, or the embedded store's address; without user and password."""
@@ -297,6 +305,23 @@ def one_line(error: Exception) -> str:
     """What went wrong, for people: the kind and the first line, without logins."""
     lines = str(error).splitlines() or [""]
     return hide_login(f"{type(error).__name__}: {lines[0]}")[:300]
+
+
+def _make_tables(file: Path) -> None:
+    """An SQLite store, once and whole.
+
+    MLflow makes one in a hundred steps, and spoils it for good where two processes do so at once, or one is killed.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with (file.parent / f".{file.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if file.exists():
+            return
+        part = file.with_name(f"{file.name}.part")
+        part.unlink(missing_ok=True)
+        uri = f"sqlite:///{part}"
+        MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
+        part.rename(file)
 
 
 def _user() -> str:
