@@ -233,6 +233,7 @@ def plan_of(said: RunConfig, run: str, layout: Layout) -> Plan:
         max_bad_share=said.train.max_bad_share,
         update=said.update,
         trained=said.train.trained,
+        fix_statistics_from=said.train.fix_statistics_from,
     )
 
 

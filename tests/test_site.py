@@ -154,6 +154,19 @@ def test_statistics_travel_as_values_and_counters_not_at_all(tmp_path: Path) -> 
     assert update.size == case.layout.update_size < case.layout.size
 
 
+def test_fixed_statistics_stay_as_the_version_has_them_and_training_uses_them(tmp_path: Path) -> None:
+    case = Case(tmp_path / "south", BATCH_NORM)
+    late = {"max_steps": 2, "progress": (0.5, 0.6)}
+    moving = case.update({**late, "id": "t0", "progress": (0.4, 0.5)}, fix_statistics_from=0.5)
+    fixed = case.update(late, fix_statistics_from=0.5)
+    statistics = [e.slice for e in case.layout.entries if e.role is Role.STATISTIC and e.dtype == "float32"]
+    for place in statistics:
+        assert np.array_equal(fixed[place], case.weights[place])
+        assert not np.array_equal(moving[place], case.weights[place])
+    shared = case.layout.shared
+    assert not np.allclose(fixed[shared], moving[shared], atol=1e-4), "the same batches, normalised otherwise"
+
+
 def test_the_budget_ends_a_ticket_between_batches(tmp_path: Path) -> None:
     ticks = itertools.count()
     case = Case(tmp_path / "south", site={"clock": lambda: float(next(ticks))})

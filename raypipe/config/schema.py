@@ -98,6 +98,7 @@ class Train(Section):
     local_steps: Count | None = None
     keep_optimizer: bool = False  # the optimizer's state stays at the store from ticket to ticket
     control_variates: bool = False  # each step as if all stores' examples had a part in it (SCAFFOLD); see README
+    fix_statistics_from: Annotated[float, Field(ge=0, le=1)] | None = None  # share of the run; see models/flat.py
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # unreadable images above this: the store refuses
     trained: Literal["all", "head"] | Annotated[list[str], Field(min_length=1)] = "all"  # patterns of tensors' names
 

@@ -131,6 +131,7 @@ class FlatModel:
             self._bind(entry, tensors[entry.name])
         moving = {e.name for e in layout.entries if e.role is Role.STATISTIC}
         norms = [(n, m) for n, m in self.module.named_modules() if isinstance(m, _NormBase) and m.track_running_stats]
+        self._norms = [m for _, m in norms]
         self._still = [m for n, m in norms if (f"{n}." if n else "") + "running_mean" not in moving]
         self.has_batch_norm = len(norms) > len(self._still)
 
@@ -181,10 +182,14 @@ class FlatModel:
             total += float(update[shared.stop :].sum())
         return update, math.isfinite(total)
 
-    def train(self) -> None:
-        """Training mode, but for norm layers whose statistics are frozen."""
+    def train(self, *, fixed: bool = False) -> None:
+        """Training mode, but for norm layers whose statistics are frozen; `fixed`: those of all.
+
+        A batch of one store is normalised by that store's own statistics while it trains, by all stores' when it is
+        judged. With fixed ones it trains as it is judged: FixBN, Zhong et al. 2023, arXiv:2303.06530, second stage.
+        """
         self.module.train()
-        for norm in self._still:
+        for norm in self._norms if fixed else self._still:
             norm.eval()
 
     def eval(self) -> None:

@@ -57,6 +57,7 @@ def learn(
         schedule=schedules.build(asked.plan.schedule),
         progress=asked.ticket.progress,
         limits=asked.limits,
+        fixed=asked.plan.fixes_statistics(asked.ticket.progress[0]),
         slowdown=slowdown,
     )
     learner, control, labelled = asked.learner, asked.control, asked.images.labelled

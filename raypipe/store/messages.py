@@ -40,7 +40,7 @@ SPOKEN = (PROTOCOL - 1, PROTOCOL)  # so that stores and coordinators need not be
 # What PROTOCOL has brought; all of it has defaults.
 NEW = {
     "Card": {"key", "head_size", "code"},
-    "Plan": {"update", "trained"},
+    "Plan": {"update", "trained", "fix_statistics_from"},
     "Ticket": {"base"},
     "Report": {"digest", "signature", "cosignature", "after", "data_hash"},
     "Refusal": {"wait_s"},
@@ -89,6 +89,11 @@ class Plan:
     max_bad_share: float = 0.01  # undecodable images above this share: the store refuses
     update: list[Part] = field(default_factory=list)  # the codecs by which updates leave, for what is signed
     trained: str | list[str] = "all"  # "head", or patterns of tensors' names: the rest is frozen
+    fix_statistics_from: float | None = None  # progress from which BatchNorm's statistics are the version's own
+
+    def fixes_statistics(self, progress: float) -> bool:
+        """Of a ticket that begins at this progress."""
+        return self.fix_statistics_from is not None and progress >= self.fix_statistics_from
 
 
 @dataclass(frozen=True, slots=True)

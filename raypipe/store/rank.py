@@ -56,7 +56,7 @@ def follow(shelf: Shelf, policy: Policy, told: Iterator[dict[str, Any]], out: IO
         weights = torch.from_numpy(base)
         dist.broadcast(weights, 0)
         model.load(base)
-        model.train()
+        model.train(fixed=plan.fixes_statistics(ticket.progress[0]))
         picks = shuffled(images.num, limits.batch_size, smallest, np.random.default_rng(ticket.seed))
         mine = (part(pick, rank, num) for pick in picks)
         chance = np.random.default_rng((ticket.seed, AUGMENTED, rank))

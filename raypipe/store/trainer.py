@@ -100,6 +100,7 @@ class Work:
     schedule: Schedule
     progress: tuple[float, float]
     limits: Limits
+    fixed: bool = False  # BatchNorm's statistics stay as loaded
     slowdown: float = 1.0  # after each batch sleeps so long that it took this many times longer
 
 
@@ -139,7 +140,7 @@ def train(
         seeded(work.seed, model.device),
         closing(images.batches(mine, model.device, limits.max_bad_share)) as stream,
     ):
-        model.train()
+        model.train(fixed=work.fixed)
         control.give_way(clock)
         start = began = clock()
         for inputs, targets in stream:
