@@ -211,7 +211,11 @@ def initial_of(config: RunConfig, task: Task) -> tuple[Layout, Any]:
 
     shape = (task.num_outputs, task.channels, task.image_size)
     more: dict[str, Any] = {"columns": task.columns, "trained": config.train.trained, "boxes": task.boxes is not None}
-    return initial(config.model, *shape, config.seed, **more)
+    layout, weights = initial(config.model, *shape, config.seed, **more)
+    if config.train.fix_statistics_from is not None and not layout.moments:
+        name = config.model["name"]
+        raise ConfigError(f"train.fix_statistics_from: {name} has no BatchNorm statistics that move; leave it out")
+    return layout, weights
 
 
 PHOTO_BYTES = 100_000.0  # a product photo as JPEG, where nothing better is known

@@ -9,10 +9,12 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from raypipe.errors import ConfigError
 from raypipe.models import DETECTORS, models
 from raypipe.models.flat import FlatModel, flatten, initial, layout_of, state_dict_from, vector_from
+from raypipe.run import check, load_run
 from raypipe.tasks import losses, tasks
 from raypipe.types import Role
 
@@ -135,6 +137,13 @@ def test_lenet_has_the_size_of_niid_benchs() -> None:
     assert module(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
     with pytest.raises(ConfigError, match="lenet needs image_size >= 16, found 12"):
         models.build({"name": "lenet"}, 10, 1, 12)
+
+
+def test_statistics_are_fixed_only_where_there_are_some() -> None:
+    fixed = ["train.fix_statistics_from=0.5", "model.norm=group"]
+    with pytest.raises(ConfigError, match="fix_statistics_from: small_cnn has no BatchNorm statistics that move"):
+        check(load_run(ROOT / "configs/sync.yaml", fixed))
+    assert check(load_run(ROOT / "configs/sync.yaml", [fixed[0], "model.name=resnet18", "model.norm=batch"]))
 
 
 def test_a_size_that_does_not_fit_is_one_line() -> None:
