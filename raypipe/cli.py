@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     train = verb("train", _train, "train one model across the stores of a configuration")
     configured(train)
     train.add_argument("--resume", metavar="RUN", help="take up a run that died, by its id or 'last'")
+    train.add_argument("--new", action="store_true", help="on a cluster: a new run, though one like it was not ended")
     train.add_argument("--accept-changes", action="store_true", help="with --resume CONFIG: what may change, changes")
     train.add_argument("--address", help="a running Ray cluster, e.g. 10.0.0.1:6379; default: RAY_ADDRESS, else here")
     resume = verb("resume", _resume, "take up every run of this cluster's head that died; see cluster/head-node")
@@ -141,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.comeback import left_of
     from raypipe.launch import federate
     from raypipe.run import load_resumed, load_run
     from raypipe.tracking.console import Screen, show_summary
@@ -150,9 +152,13 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         run, config = load_resumed(options.resume, path, options.set, accept=options.accept_changes)
     else:
         config = load_run(path or DEFAULT, options.set)
+        if (options.address or os.environ.get("RAY_ADDRESS")) and not options.new:
+            run = left_of(config)
     title = f"{config.name}: {len(config.stores)} stores, {config.model['name']}, {config.pace}"
     with Screen(console, title, config.stop.max_seconds, config.stop.max_versions) as screen:
         screen.say(title)
+        if run and not options.resume:
+            screen.say(f"goes on with run {run}, which was not ended; --new begins another")
         summary = federate(config, options.address, screen, run, insecure=options.insecure)
     show_summary(console, summary, f"raypipe promote {summary['run']} {summary['best_version']} --as champion")
     return 1 if summary["status"] == "failed" else 0

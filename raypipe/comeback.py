@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from raypipe.config.load import to_dict
 from raypipe.config.schema import RunConfig
 from raypipe.errors import ConfigError, RaypipeError
 from raypipe.placement.homes import raypipe_home
@@ -29,6 +30,13 @@ def unfinished(home: Path | None = None) -> dict[str, RunConfig | RaypipeError]:
             if config is not None:
                 found[run] = config
     return found
+
+
+def left_of(config: RunConfig, home: Path | None = None) -> str | None:
+    """The newest run of just this configuration that was not ended: what a job submitted again goes on with."""
+    said = to_dict(config)
+    runs = [run for run, own in unfinished(home).items() if isinstance(own, RunConfig) and to_dict(own) == said]
+    return max(runs, default=None)  # an id ends with when it began
 
 
 def _open(file: Path) -> RunConfig | None:

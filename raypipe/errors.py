@@ -17,6 +17,7 @@ private data. Every error survives pickling, since Ray carries it between proces
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from typing import Any
 
@@ -77,6 +78,17 @@ class StoreUnreachable(StoreError):
 
 class UpdateRejected(StoreError):
     """An update that must not be folded."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+ROOM_S = 30.0  # then a store whose disk was full is asked again
+
+
+def unwritten(what: str, error: OSError) -> StoreError:
+    """A store's failed write as one line without a path; where room is all it lacks, one that is tried again."""
+    if error.errno in FULL:
+        return StoreClosed(f"{what}: {error.strerror}; free some room there", ROOM_S)
+    return StoreError(f"{what}: {error.strerror}")
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

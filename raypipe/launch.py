@@ -236,7 +236,10 @@ def _see_out(working: dict[Any, tuple[str, Any]], say: Callable[[str], None]) ->
 def _watch(config: RunConfig, run: str, home: str | None, screen: Screen, *, again: bool) -> dict[str, Any]:
     import ray
 
-    actor = begin(config, run, home, _mlflow(), again=again)
+    try:
+        actor = begin(config, run, home, _mlflow(), again=again)
+    except ValueError:  # the name of its coordinator is taken
+        raise RunError(f"run {run} is going on; --new begins another beside it") from None
     stop = _StopKey(run, lambda: actor.stop.remote("stopped by hand"), lambda: _rest(actor))
     try:
         with stop:

@@ -25,7 +25,7 @@ from conftest import Place
 from test_site import Case
 
 from raypipe.config.schema import RunConfig, Store
-from raypipe.errors import StoreError, StoreRefused, StoreSuperseded
+from raypipe.errors import StoreClosed, StoreError, StoreRefused, StoreSuperseded
 from raypipe.ledger.keys import digest
 from raypipe.models.flat import initial
 from raypipe.store import outbox as boxes
@@ -286,7 +286,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(case: Case, limit: int) -> No
         message = case.refused(lambda: case.train({"id": "t3"}, **MOMENTUM))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert message == "the store's disk cannot be written: File too large; free some room there"
+    assert message == "the store's disk cannot be written: File too large"
     for restarted in (False, True):
         site = reopened(case).site if restarted else case.site
         assert site.describe("r", 1).outbox == ("t2",)
@@ -301,7 +301,10 @@ def fill(home: Path, said: Path) -> None:
     with (home / "rubbish").open("wb", buffering=0) as rubbish, contextlib.suppress(OSError):
         while rubbish.write(bytes(4096)):
             pass
-    said.write_text(case.refused(lambda: case.train({"id": "t2"})) + str(case.site.describe("r", 1).outbox))
+    with pytest.raises(StoreClosed) as caught:
+        case.train({"id": "t2"})
+    assert caught.value.wait_s == 30
+    said.write_text(caught.value.message + str(case.site.describe("r", 1).outbox))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small filesystem: needs root")

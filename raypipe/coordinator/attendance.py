@@ -11,7 +11,7 @@ from raypipe.coordinator import events as ev
 from raypipe.coordinator.bases import Bases
 from raypipe.coordinator.notary import Notary
 from raypipe.coordinator.ports import Port
-from raypipe.errors import StoreError, StoreRefused, StoreSuperseded
+from raypipe.errors import StoreClosed, StoreError, StoreRefused, StoreSuperseded
 from raypipe.store import messages as msg
 
 MAX_RETRY_S = 300.0  # between two tries to have a store in
@@ -75,7 +75,8 @@ class Attendance:
             except StoreSuperseded:
                 raise
             except StoreError as error:
-                kind = "store_set_aside" if isinstance(error, StoreRefused) else "store_missing"
+                refused = isinstance(error, StoreRefused) and not isinstance(error, StoreClosed)
+                kind = "store_set_aside" if refused else "store_missing"
                 if said != error.message:
                     await self._record(do.Record(kind, {"store": store, "reason": error.message}))
                 said = error.message

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 
-from raypipe.errors import StoreError
+from raypipe.errors import StoreError, unwritten
 from raypipe.ledger.entries import FIRST, exact, plain
 from raypipe.ledger.offline import canonical, entry_hash
 
@@ -88,7 +88,7 @@ class Receipts:
             try:
                 _put(self._turn(at), line)
             except OSError as error:
-                raise StoreError(f"the store cannot write its receipts: {error.strerror}") from None
+                raise unwritten("the store cannot write its receipts", error) from None
             self._index, self._prev = self._index + 1, found
             return receipt
 

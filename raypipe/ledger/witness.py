@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raypipe.errors import StoreError, StoreRefused
+from raypipe.errors import StoreError, StoreRefused, unwritten
 from raypipe.ledger import heads
 from raypipe.ledger.entries import Entry, Version, exact
 from raypipe.ledger.heads import Head, cosign, head_from, is_genuine
@@ -124,7 +124,7 @@ class Witness:
                 sync_folder(self.folder)
         except OSError as error:
             del self._kept[head.run]  # a line may be half there: read it again
-            raise StoreError(f"the store cannot keep the head: {error.strerror}") from None
+            raise unwritten("the store cannot keep the head", error) from None
         self._kept[head.run][head.size] = head
 
 

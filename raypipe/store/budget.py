@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Protocol
 
-from raypipe.errors import ConfigError, StoreClosed, StoreError
+from raypipe.errors import ConfigError, StoreClosed, unwritten
 
 
 class Most(Protocol):
@@ -76,5 +76,5 @@ class Budget:
                 part.write_text(json.dumps(fields), "ascii")
                 os.replace(part, self._file)
             except OSError as error:
-                raise StoreError(f"the {self._whose} cannot write its budget: {error.strerror}") from None
+                raise unwritten(f"the {self._whose} cannot write its budget", error) from None
             self._spent = after

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raypipe.errors import StoreError
+from raypipe.errors import StoreError, unwritten
 from raypipe.ledger.keys import digest
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
@@ -134,7 +134,7 @@ def numbers(folder: Path) -> list[int]:
 
 def disk_error(error: OSError) -> StoreError:
     """A failed write as one line without a path."""
-    return StoreError(f"the store's disk cannot be written: {error.strerror}; free some room there")
+    return unwritten("the store's disk cannot be written", error)
 
 
 def outline(value: Any) -> tuple[Any, list[Tensor], int]:
