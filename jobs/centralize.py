@@ -33,6 +33,7 @@ from raypipe.tracking.book import run_folder
 from raypipe.tracking.compare import Account, account_of
 from raypipe.tracking.console import figure, megabytes
 from raypipe.tracking.lineage import read_history
+from raypipe.tracking.plateau import plateau_line
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
@@ -169,12 +170,15 @@ def _validated(run: str) -> float:
 
 def _show(account: Account, metric: str, where: str | None, console: Console) -> None:
     history = read_history(run_folder(account.run))
+    final = history.final
     assert history.finished is not None
+    assert final is not None
     lines = [
         f"{metric} on the {account.split} split: {figure(metric, account.quality)}, "
         f"worst store {figure(metric, account.worst)}; on validation {figure(metric, _validated(account.run))}",
         f"ended: {history.finished['reason']}; {account.seconds:.1f} s, {account.steps:,} steps, "
         f"{account.examples:,} examples seen",
+        plateau_line(final["gained"], final["judged"]),
         f"pooling moved {megabytes(account.bytes_up)}: the stores' training examples, once",
         *([f"MLflow: {where}"] if where else []),
         f"next: raypipe compare {account.run} RUN ...",

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a cl
 from compare_arms import ARMS, FEDERATED, Result, Scale, Unit, rates, run, twins
 from compare_kept import Kept, plan
 
-from raypipe.tracking.compare import ratio
+from raypipe.tracking.ratio import ratio
 
 TUNING_SEED = 1000
 QUICK = Scale(train=1500, judged=500, seconds=30.0, every_s=3.0)
@@ -170,7 +170,7 @@ def _cells(arm: str, results: Sequence[Result], pooled: dict[int, float], target
 
     spread = f" ± {100 * stdev(r.quality for r in results):.1f}" if len(results) > 1 else ""
     against = None if arm == "pooled" else ratio({r.unit.seed: r.quality for r in results}, pooled)
-    low = f" ({against[1]:.3f})" if against and len(results) > 1 else ""
+    low = f" ({against.low:.3f})" if against and against.bound is not None else ""
     reached = [] if target is None else [look for r in results if (look := r.reached(target))]
     times = mean([look.at for look in reached], ".0f") if reached else "never"
     moved = mean([(look.up + look.down) / 1e6 for look in reached], ".1f") if reached else "-"
@@ -180,7 +180,7 @@ def _cells(arm: str, results: Sequence[Result], pooled: dict[int, float], target
         arm,
         f"{results[0].unit.rate:g}",
         f"{100 * fmean(r.quality for r in results):.1f} %{spread}",
-        "-" if against is None else f"{against[0]:.3f}{low}",
+        "-" if against is None else f"{against.mean:.3f}{low}",
         f"{100 * fmean(r.worst_store for r in results):.1f} %",
         f"{100 * min(r.worst_late for r in results):.1f} %",
         times + some,

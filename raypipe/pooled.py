@@ -39,7 +39,7 @@ from raypipe.tasks import tasks
 from raypipe.tasks.metrics import lower_is_better, metrics
 from raypipe.tracking.book import RunBook
 from raypipe.tracking.compare import training_bytes
-from raypipe.tracking.plateau import plateaued
+from raypipe.tracking.plateau import gained, plateaued
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 Say: TypeAlias = Callable[[dict[str, float]], None]
@@ -94,6 +94,7 @@ class _Pooled:
         self.shelves = shelves_of(said, stores, self.device)
         self.said = said = self._settled(said)
         self.metric = said.evaluate.metric
+        self.falls = lower_is_better(self.metric)
         layout, first = initial_of(said, tasks.build(said.task))
         if said.warm_start:
             from raypipe.tracking.registry import load_weights
@@ -183,7 +184,7 @@ class _Pooled:
     def _over(self, done: int, epoch: int) -> str:
         if self.until.steps is not None:
             return f"{done} steps" if done >= self.until.steps else ""
-        if plateaued(self.scores, lower_is_better=lower_is_better(self.metric)):
+        if plateaued(self.scores, lower_is_better=self.falls):
             return f"plateau after {done} steps"
         return f"no plateau in {EPOCHS} epochs" if done >= EPOCHS * epoch else ""
 
@@ -214,7 +215,7 @@ class _Pooled:
         rows, found = self._everywhere("validation")
         if (score := found.get(self.metric)) is not None:
             self.scores.append(score)
-            sign = -1.0 if lower_is_better(self.metric) else 1.0
+            sign = -1.0 if self.falls else 1.0
             if self.best is None or sign * score > sign * self.best[1]:
                 self.best = (version, score)
         body = {"version": version, "split": "validation", "metrics": found, "stores": rows}
@@ -255,6 +256,8 @@ class _Pooled:
             for store, shelf in self.shelves.items()
         ]
         first = dict(sorted(test.items(), key=lambda pair: (pair[0] != self.metric, pair[0])))
-        self.book.record("final", {"best_version": best, "test": first, "table": table, "reason": reason})
+        final: dict[str, Any] = {"best_version": best, "test": first, "table": table, "reason": reason}
+        final |= {"judged": len(self.scores), "gained": gained(self.scores, lower_is_better=self.falls)}
+        self.book.record("final", final)
         over = {"reason": reason, "status": "finished", "versions": version, "best_version": best, "at": time.time()}
         self.book.record("run_finished", over)

@@ -6,6 +6,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -37,23 +38,27 @@ def _compare(options: argparse.Namespace, console: Console) -> int:
     from raypipe.tracking.book import run_folder
     from raypipe.tracking.compare import account_of, compare
     from raypipe.tracking.comparisons import log_comparison
-    from raypipe.tracking.console import comparison_table
+    from raypipe.tracking.console import comparison_table, ratios_table
     from raypipe.tracking.lineage import read_history
 
     accounts = [account_of(read_history(run_folder(which))) for which in options.which]
     found = compare(accounts)
     if not console.is_terminal:
         console.width = max(console.width, 160)  # a file has no edge
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     console.print(comparison_table(found))
-    lines = [
+    say(
         f"({found.metric} on the {accounts[0].split} split, mean ± deviation over runs; worst of any store; "
         "time of the run; pooling: the training data once; seen: examples trained on)"
-    ]
-    if any(row.of_pooled for row in found.rows):
-        lines.append("(/ pooled: mean ratio over equal seeds, and the lower end of its 95 % interval)")
-    lines += [f"note: {note}" for note in found.notes] + [f"MLflow: {log_comparison(found, accounts)}"]
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    )
+    if (ratios := ratios_table(found)) is not None:
+        console.print(ratios)
+        say(
+            "(/ pooled: mean ratio over pairs of equal seeds, and the lower end of its one-sided 95 % interval; worst "
+            "store: the run's worst over the pooled run's worst; of loss and rmse pooled / own)"
+        )
+    for line in [*(f"note: {note}" for note in found.notes), f"MLflow: {log_comparison(found, accounts)}"]:
+        say(line)
     return 0
 
 

@@ -14,18 +14,21 @@ import pytest
 from conftest import CLASSES, ROOT
 
 from raypipe.errors import ConfigError
-from raypipe.tracking.compare import COLUMNS, account_of, as_table, compare, ratio
+from raypipe.tracking.compare import COLUMNS, WORST, account_of, as_table, columns_of, compare
+from raypipe.tracking.console import ratios_table
 from raypipe.tracking.journal import Record
 from raypipe.tracking.lineage import History, list_versions, read_history
-from raypipe.tracking.plateau import plateaued
+from raypipe.tracking.plateau import plateau_line, plateaued
+from raypipe.tracking.ratio import Ratio, ratio
 
 TASK = {"name": "classification", "classes": 10}
 
 
 def history(
-    run: str, quality: float, *, seed: int = 0, pooled: bool = False, test: bool = True, **config: Any
-) -> History:
-    """What a run of two stores and two versions writes down."""
+    run: str, quality: float, *, seed: int = 0, pooled: bool = False, test: bool = True,
+    more: dict[str, float] | None = None, final: dict[str, Any] | None = None, **config: Any,
+) -> History:  # fmt: skip
+    """What a run of two stores and two versions writes down; `more`: other test metrics, `final`: more of its end."""
     said = {"seed": seed, "task": TASK, "pace": "paced", "evaluate": {"metric": "accuracy"}} | config
     bodies: list[tuple[str, dict[str, Any]]] = [
         ("run_started", {"run": run, "name": run.split("-")[0], "config": said, "at": 0.0, "pooled": pooled})
@@ -45,7 +48,8 @@ def history(
     bodies.append(("evaluated", found))
     if test:
         table = [{"store": "a", "shared": quality - 0.1}, {"store": "b", "shared": quality + 0.1}]
-        bodies.append(("final", {"best_version": 2, "test": {"accuracy": quality}, "table": table, "reason": "x"}))
+        body = {"best_version": 2, "test": {"accuracy": quality} | (more or {}), "table": table, "reason": "x"}
+        bodies.append(("final", body | (final or {})))
     return History.of(Record(n, float(n), kind, body) for n, (kind, body) in enumerate(bodies, 1))  # type: ignore[arg-type]
 
 
@@ -75,17 +79,69 @@ def test_a_pooled_row_is_what_the_others_are_measured_by() -> None:
     runs += [history(f"shelf-p{s}", 0.8, seed=s, pooled=True) for s in (1, 2, 3)]
     own, pooled = compare([account_of(run) for run in runs]).rows
     assert own.of_pooled is not None
-    assert own.of_pooled[0] == pytest.approx((0.95 + 0.9) / 2)
-    assert own.of_pooled[1] < 0.9
+    assert own.of_pooled.mean == pytest.approx((0.95 + 0.9) / 2)
+    assert own.of_pooled.low < 0.9
+    assert own.of_pooled.pairs == 2
     assert (pooled.arm, pooled.of_pooled) == ("shelf pooled", None)
 
 
+def test_the_worst_store_and_the_other_test_metrics_are_measured_by_pooled_too() -> None:
+    """Each pair by hand: the worst of a run is 0.1 below its quality, see `history`."""
+    of = {1: (0.76, 0.36), 2: (0.72, 0.34)}
+    runs = [history(f"shelf-{s}", q, seed=s, more={"map": m, "loss": 2.0}) for s, (q, m) in of.items()]
+    more = {"map": 0.4, "loss": 1.0, "recall/0": 0.5, "auc": 0.5}
+    runs += [history(f"shelf-p{s}", 0.8, seed=s, pooled=True, more=more) for s in (1, 2)]
+    found = compare([account_of(run) for run in runs])
+    against = found.rows[0].against
+    assert list(against) == ["accuracy", WORST, "loss", "map"], "auc has no partner, recall/0 is of one class"
+    assert against[WORST].mean == pytest.approx((0.66 / 0.7 + 0.62 / 0.7) / 2)
+    assert against[WORST].low == pytest.approx(against[WORST].mean - 6.314 * (0.04 / 0.7) / 2)
+    assert against["map"] == Ratio(pytest.approx(0.875), pytest.approx(0.875 - 6.314 * 0.025), 2)
+    assert against["loss"].mean == pytest.approx(0.5), "less is better: pooled / own"
+    own, pooled = (dict(zip(columns_of(found), row, strict=True)) for row in as_table(found))
+    assert own["map_of_pooled"] == pytest.approx(0.875)
+    assert own["worst_of_pooled_low"] == against[WORST].low
+    assert pooled["map_of_pooled"] is pooled["worst_of_pooled"] is None
+    shown = ratios_table(found)
+    assert shown is not None
+    cells = [list(column.cells)[0] for column in shown.columns]
+    assert cells[:3] == ["shelf", "2", "0.925 (> 0.767)"]
+    assert [str(column.header) for column in shown.columns][2:4] == ["accuracy / pooled", "worst store / pooled"]
+    assert cells[5] == "0.875 (> 0.717)"
+
+
+def test_without_one_pooled_row_there_is_no_ratio_and_it_is_said_why() -> None:
+    runs = [history("shelf-1", 0.76), history("shelf-p", 0.8, pooled=True)]
+    runs += [history("shelf-q", 0.8, pooled=True, batch_size=64)]
+    found = compare([account_of(run) for run in runs])
+    assert ratios_table(found) is None
+    assert found.notes == ("2 rows are pooled: for a ratio to pooled name the runs of one of them",)
+
+
+def test_a_pooled_opponent_that_still_learns_is_no_opponent_and_it_is_said() -> None:
+    assert plateau_line(0.0031, 11) == "at plateau: 0.003 gained in the last fifth"
+    assert plateau_line(0.0212, 11) == "no plateau: 0.021 gained in the last fifth"
+    assert plateau_line(None, 4) == "plateau unknown: judged 4 times, it takes 10"
+    runs = [history("shelf-1", 0.7), history("shelf-p", 0.8, pooled=True, final={"judged": 11, "gained": 0.021})]
+    (note,) = compare([account_of(run) for run in runs]).notes
+    assert note.startswith("shelf-p, pooled, is not known to have learned all it can: no plateau: 0.021")
+    runs[1] = history("shelf-p", 0.8, pooled=True, final={"judged": 11, "gained": 0.004})
+    assert compare([account_of(run) for run in runs]).notes == ()
+
+
 def test_only_pairs_of_equal_seeds_count() -> None:
-    mean, low = ratio({1: 0.9, 2: 0.5}, {1: 1.0}) or (0.0, 0.0)
-    assert (mean, math.isnan(low)) == (0.9, True)
+    one = ratio({1: 0.9, 2: 0.5}, {1: 1.0})
+    assert one is not None
+    assert (one.mean, one.bound, one.pairs) == (0.9, None, 1)
     assert ratio({1: 0.9}, {2: 0.9}) is None
-    five = ratio(dict(enumerate([0.95, 0.96, 0.97, 0.98, 0.99])), dict.fromkeys(range(5), 1.0)) or (0.0, 0.0)
-    assert five[1] == pytest.approx(0.97 - 2.132 * 0.015811 / math.sqrt(5), abs=1e-5)
+    five = ratio(dict(enumerate([0.95, 0.96, 0.97, 0.98, 0.99])), dict.fromkeys(range(5), 1.0))
+    assert five is not None
+    assert five.low == pytest.approx(0.97 - 2.132 * 0.015811 / math.sqrt(5), abs=1e-5)
+
+
+def test_a_run_that_learned_nothing_is_not_left_out_of_the_ratio() -> None:
+    assert ratio({1: 0.0, 2: 1.0}, {1: 1.0, 2: 1.0}) == Ratio(0.5, pytest.approx(0.5 - 6.314 / 2), 2)
+    assert ratio({1: 0.5}, {1: 0.0}) is None
 
 
 def test_what_makes_runs_unlike_is_said() -> None:
@@ -157,6 +213,7 @@ def test_the_pooled_opponent_trains_on_what_all_stores_have_and_is_a_run_like_an
     done = said("jobs/centralize.py", str(config), "--steps", "90", "--every", "30", home=home)
     assert "pooling moved" in done.stdout
     assert "ended: 90 steps" in done.stdout
+    assert "plateau unknown: judged 4 times, it takes 10" in done.stdout
     (folder,) = (home / "runs").iterdir()
     account = account_of(read_history(folder))
     assert (account.pooled, account.steps, account.versions, account.split) == (True, 90, 3, "test")

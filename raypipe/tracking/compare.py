@@ -1,15 +1,15 @@
 """Runs side by side: what each reached, for how much time, traffic and work. Pure, from the runs' own records.
 
 Runs that differ in nothing but their seed are one row: mean and spread. Where a row of pooled data is there, each
-other row says how its quality compares with it, pair by pair of equal seeds: the mean ratio and the lower end of its
-one-sided 95 % interval (Student's t), so that a claim of "as good as pooled" can be checked.
+other row says how it compares with it, pair by pair of equal seeds: the mean ratio and the lower end of its one-sided
+95 % interval (Student's t), so that a claim of "as good as pooled" can be checked. That of the quality, of the worst
+store (the run's worst over the pooled run's worst), and of each other test metric that all these runs have.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -18,14 +18,14 @@ from typing import Any
 from raypipe.errors import ConfigError
 from raypipe.tasks.metrics import lower_is_better
 from raypipe.tracking.lineage import History, flat_params, metric_of
+from raypipe.tracking.plateau import plateau_line
+from raypipe.tracking.ratio import Ratio, ratio
 
-# One-sided 95 % quantiles of Student's t by degrees of freedom; beyond the table the normal's.
-T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761, 1.753)
-NORMAL95 = 1.645
+WORST = "worst store"
 UNSEEN = ("seed", "track.", "task.scale", "task.class_weights")  # what may differ between runs of one row
 COLUMNS = (
-    "arm", "runs", "split", "quality", "spread", "worst_store", "of_pooled", "of_pooled_low", "seconds", "bytes_up",
-    "bytes_down", "pooling_bytes", "steps", "examples", "versions",
+    "arm", "runs", "split", "quality", "spread", "worst_store", "of_pooled", "of_pooled_low", "worst_of_pooled",
+    "worst_of_pooled_low", "seconds", "bytes_up", "bytes_down", "pooling_bytes", "steps", "examples", "versions",
 )  # fmt: skip
 
 
@@ -52,15 +52,25 @@ class Account:
     examples: int
     versions: int
     at: float = 0.0  # when its last version was made
+    others: Mapping[str, float] = field(default_factory=dict)  # the other test metrics, by name
+    plateau: str = ""  # of a pooled run: whether it had learned what it will
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Runs that differ in their seed alone. Figures but `worst` are means; `spread` is the standard deviation."""
+    """Runs that differ in their seed alone. Figures but `worst` are means; `spread` is the standard deviation.
+
+    `against`: to pooled, by the name of a metric or WORST.
+    """
 
     arm: str
     accounts: tuple[Account, ...]
-    of_pooled: tuple[float, float] | None = None  # mean ratio of pairs, and its lower 95 % bound (nan for one pair)
+    against: Mapping[str, Ratio] = field(default_factory=dict)
+
+    @property
+    def of_pooled(self) -> Ratio | None:
+        """Of the quality."""
+        return self.against.get(self.accounts[0].metric)
 
     def mean(self, name: str) -> float:
         return fmean(float(getattr(account, name)) for account in self.accounts)
@@ -121,6 +131,8 @@ def account_of(history: History) -> Account:
         examples=sum(part["examples"] for part in parts),
         versions=versions[-1]["version"],
         at=versions[-1]["at"],
+        others=_others(history, metric) if split == "test" else {},
+        plateau=_plateau(history),
     )
 
 
@@ -139,36 +151,33 @@ def compare(accounts: Sequence[Account]) -> Comparison:
         groups.setdefault(_key(account), []).append(account)
     arms = _names([group[0] for group in groups.values()])
     pooled = [group for group in groups.values() if group[0].pooled]
-    against = {a.seed: a.quality for a in pooled[0]} if len(pooled) == 1 else {}
+    against = pooled[0] if len(pooled) == 1 else []
     rows = tuple(
-        Row(arm, tuple(group), None if group[0].pooled else ratio({a.seed: a.quality for a in group}, against))
+        Row(arm, tuple(group), {} if group[0].pooled else _against(group, against))
         for arm, group in zip(arms, groups.values(), strict=True)
     )
-    return Comparison(first.metric, rows, tuple(_notes(accounts)))
+    notes = _notes(accounts)
+    if len(pooled) > 1:
+        notes.append(f"{len(pooled)} rows are pooled: for a ratio to pooled name the runs of one of them")
+    return Comparison(first.metric, rows, tuple(notes))
 
 
-def ratio(own: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float] | None:
-    """Of pairs with equal seeds: the mean ratio and its lower one-sided 95 % bound, nan where one pair is all."""
-    found = [own[seed] / other[seed] for seed in sorted(own) if other.get(seed)]
-    if not found:
-        return None
-    if len(found) == 1:
-        return found[0], math.nan
-    free = len(found) - 1
-    quantile = T95[free - 1] if free <= len(T95) else NORMAL95
-    return fmean(found), fmean(found) - quantile * stdev(found) / math.sqrt(len(found))
+def columns_of(comparison: Comparison) -> list[str]:
+    """COLUMNS, and two for each other metric that some row compares with pooled."""
+    return [*COLUMNS, *(f"{name}_{of}" for name in _compared(comparison) for of in ("of_pooled", "of_pooled_low"))]
 
 
 def as_table(comparison: Comparison) -> list[list[Any]]:
-    """A row of COLUMNS each, plain numbers; None where there is none."""
+    """A row of `columns_of` each, plain numbers; None where there is none."""
     table: list[list[Any]] = []
     for row in comparison.rows:
-        low = row.of_pooled[1] if row.of_pooled else math.nan
+        others = [figure for name in _compared(comparison) for figure in _two(row.against.get(name))]
         table.append(
             [row.arm, len(row.accounts), row.accounts[0].split, row.mean("quality"), row.spread, row.worst]
-            + [row.of_pooled[0] if row.of_pooled else None, None if math.isnan(low) else low]
+            + [*_two(row.of_pooled), *_two(row.against.get(WORST))]
             + [row.mean(name) for name in ("seconds", "bytes_up", "bytes_down", "pooling_bytes")]
             + [row.mean(name) for name in ("steps", "examples", "versions")]
+            + others
         )
     return table
 
@@ -176,6 +185,42 @@ def as_table(comparison: Comparison) -> list[list[Any]]:
 def comparison_key(accounts: Sequence[Account]) -> str:
     """Equal for the same runs in whatever order, so that a comparison made again is the same one."""
     return hashlib.sha256("\n".join(sorted(a.run for a in accounts)).encode()).hexdigest()[:16]
+
+
+def _against(group: Sequence[Account], pooled: Sequence[Account]) -> dict[str, Ratio]:
+    """By name, the quality and the worst store first; what some run lacks is left out."""
+    metric, runs = group[0].metric, [*group, *pooled]
+    names = [name for name in group[0].others if all(name in a.others for a in runs)]
+    of: dict[str, list[dict[int, float]]] = {metric: [{a.seed: a.quality for a in g} for g in (group, pooled)]}
+    of[WORST] = [{a.seed: a.worst for a in g if a.worst is not None} for g in (group, pooled)]
+    of |= {name: [{a.seed: a.others[name] for a in g} for g in (group, pooled)] for name in names}
+    found = {
+        name: ratio(own, other, falls=lower_is_better(metric if name == WORST else name))
+        for name, (own, other) in of.items()
+    }
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def _compared(comparison: Comparison) -> list[str]:
+    known = {comparison.metric: None, WORST: None}
+    return [name for name in dict.fromkeys(n for row in comparison.rows for n in row.against) if name not in known]
+
+
+def _two(found: Ratio | None) -> tuple[float | None, float | None]:
+    return (None, None) if found is None else (found.mean, found.bound)
+
+
+def _others(history: History, metric: str) -> dict[str, float]:
+    """The other test metrics; not those of a single class, of which there may be thousands."""
+    test = history.final["test"] if history.final is not None else {}
+    return {name: value for name, value in sorted(test.items()) if name != metric and "/" not in name}
+
+
+def _plateau(history: History) -> str:
+    final = history.final
+    if final is None or "judged" not in final:
+        return ""
+    return plateau_line(final.get("gained"), final["judged"])
 
 
 def _judged(history: History, metric: str) -> tuple[str, float, list[float | None]]:
@@ -223,4 +268,6 @@ def _notes(accounts: Sequence[Account]) -> list[str]:
             notes.append(f"runs of seed {seed} had different data: their splits are not the same")
     if len({a.split for a in accounts}) > 1:
         notes.append("some runs read no test split: their quality is of the validation split, which chose the version")
+    unlearned = [a for a in accounts if a.plateau and not a.plateau.startswith("at ")]
+    notes += [f"{a.run}, pooled, is not known to have learned all it can: {a.plateau}" for a in unlearned]
     return notes

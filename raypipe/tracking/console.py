@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,8 +10,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from raypipe.tracking.compare import Comparison, Row
+from raypipe.tracking.compare import Comparison
 from raypipe.tracking.lineage import VersionRow
+from raypipe.tracking.ratio import Ratio
 
 PLAIN_LINES = 6  # progress lines at most where nobody watches live
 PLAIN_ROWS = 10  # stores in the table at the end there
@@ -199,7 +199,7 @@ def versions_table(rows: Sequence[VersionRow], metric: str = "accuracy") -> Tabl
 def comparison_table(found: Comparison) -> Table:
     """A row an arm; means over its runs."""
     table, metric = Table(box=None, pad_edge=False), found.metric
-    names = ("arm", "runs", metric, "worst store", "/ pooled", "time", "up", "down", "pooling", "steps", "seen")
+    names = ("arm", "runs", metric, "worst store", "time", "up", "down", "pooling", "steps", "seen")
     for name in names:
         first = name == "arm"
         table.add_column(name, justify="left" if first else "right", no_wrap=not first, min_width=12 if first else None)
@@ -209,16 +209,30 @@ def comparison_table(found: Comparison) -> Table:
             quality += f" ± {100 * row.spread:.1f}" if metric in SHARES else f" ± {row.spread:.3f}"
         moved = [megabytes(row.mean(name)) for name in ("bytes_up", "bytes_down", "pooling_bytes")]
         counts = [f"{row.mean(name):,.0f}" for name in ("steps", "examples")]
-        own = (row.arm, str(len(row.accounts)), quality, figure(metric, row.worst), _of_pooled(row))
+        own = (row.arm, str(len(row.accounts)), quality, figure(metric, row.worst))
         table.add_row(*own, f"{row.mean('seconds'):.0f} s", *moved, *counts)
     return table
 
 
-def _of_pooled(row: Row) -> str:
-    if row.of_pooled is None:
+def ratios_table(found: Comparison) -> Table | None:
+    """A row an arm that is compared with pooled; None where there is none."""
+    rows = [row for row in found.rows if row.against]
+    names = list(dict.fromkeys(name for row in rows for name in row.against))
+    table = Table(box=None, pad_edge=False)
+    for name in ("arm", "pairs", *(f"{name} / pooled" for name in names)):
+        first = name == "arm"
+        table.add_column(name, justify="left" if first else "right", no_wrap=not first, min_width=12 if first else None)
+    for row in rows:
+        pairs = max(one.pairs for one in row.against.values())
+        table.add_row(row.arm, str(pairs), *(_ratio(row.against.get(name), pairs) for name in names))
+    return table if rows else None
+
+
+def _ratio(found: Ratio | None, pairs: int) -> str:
+    if found is None:
         return "-"
-    mean, low = row.of_pooled
-    return f"{mean:.3f}" if math.isnan(low) else f"{mean:.3f} (> {low:.3f})"
+    bound = "" if found.bound is None else f" (> {found.bound:.3f})"
+    return f"{found.mean:.3f}{bound}" + (f" of {found.pairs}" if found.pairs != pairs else "")
 
 
 def megabytes(num_bytes: float) -> str:

@@ -253,6 +253,8 @@ class Final(TypedDict):
     average: NotRequired[dict[str, float]]  # the running average of the versions, on the test set, where there is one
     table: list[dict[str, Any]]  # a row a store
     reason: str
+    judged: NotRequired[int]  # of a pooled run: how often it was judged by its validation metric
+    gained: NotRequired[float | None]  # and what the last fifth of these scores brought; None: too few to say
 
 
 class RunFinished(TypedDict):
