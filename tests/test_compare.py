@@ -88,12 +88,15 @@ def test_a_pooled_row_is_what_the_others_are_measured_by() -> None:
 def test_the_worst_store_and_the_other_test_metrics_are_measured_by_pooled_too() -> None:
     """Each pair by hand: the worst of a run is 0.1 below its quality, see `history`."""
     of = {1: (0.76, 0.36), 2: (0.72, 0.34)}
-    runs = [history(f"shelf-{s}", q, seed=s, more={"map": m, "loss": 2.0}) for s, (q, m) in of.items()]
+    runs = [
+        history(f"shelf-{s}", q, seed=s, more={"map": m, "loss": 2.0, "recall/0": 0.5, "r2": 0.1})
+        for s, (q, m) in of.items()
+    ]
     more = {"map": 0.4, "loss": 1.0, "recall/0": 0.5, "auc": 0.5}
     runs += [history(f"shelf-p{s}", 0.8, seed=s, pooled=True, more=more) for s in (1, 2)]
     found = compare([account_of(run) for run in runs])
     against = found.rows[0].against
-    assert list(against) == ["accuracy", WORST, "loss", "map"], "auc has no partner, recall/0 is of one class"
+    assert list(against) == ["accuracy", WORST, "loss", "map"], "auc and r2 have no partner, recall/0 is of one class"
     assert against[WORST].mean == pytest.approx((0.66 / 0.7 + 0.62 / 0.7) / 2)
     assert against[WORST].low == pytest.approx(against[WORST].mean - 6.314 * (0.04 / 0.7) / 2)
     assert against["map"] == Ratio(pytest.approx(0.875), pytest.approx(0.875 - 6.314 * 0.025), 2)
@@ -104,7 +107,7 @@ def test_the_worst_store_and_the_other_test_metrics_are_measured_by_pooled_too()
     assert pooled["map_of_pooled"] is pooled["worst_of_pooled"] is None
     shown = ratios_table(found)
     assert shown is not None
-    cells = [list(column.cells)[0] for column in shown.columns]
+    cells = [next(iter(column.cells)) for column in shown.columns]
     assert cells[:3] == ["shelf", "2", "0.925 (> 0.767)"]
     assert [str(column.header) for column in shown.columns][2:4] == ["accuracy / pooled", "worst store / pooled"]
     assert cells[5] == "0.875 (> 0.717)"
