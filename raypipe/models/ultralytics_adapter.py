@@ -12,7 +12,8 @@ from ultralytics.utils import SETTINGS  # type: ignore[import-not-found]
 
 from raypipe.models.detector import boxes_of
 
-SETTINGS.update({name: False for name, value in dict(SETTINGS).items() if value is True})  # sync and its trackers
+# Sync and its trackers. By dict's own update, since theirs writes a file: the user's, if it was imported before.
+dict.update(SETTINGS, {name: False for name, value in SETTINGS.items() if value is True})
 
 
 class Ultralytics(nn.Module):

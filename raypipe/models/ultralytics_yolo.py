@@ -4,7 +4,8 @@ AGPL-3.0. Nothing of it is part of raypipe or needed by it: it is imported where
 `yolov5n.yaml` there is YOLOv5u, with another head than the published YOLOv5, which is `yolov5n` in yolov5.py.
 
 Each run builds its architecture from nothing and without the package's trainer, whose callbacks send statistics.
-The package is told to stay off line, and keeps its settings in a folder that ends with the process.
+The package is told to stay off line, and keeps its settings in a folder that ends with the process; the user's own,
+wherever they lie, stay as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import Field
@@ -58,7 +60,12 @@ ultralytics.licence = LICENCE  # type: ignore[attr-defined]  # see `licence_of`
 
 def _quietly() -> None:
     """Before its first import: no look-ups, no settings in the user's home, nothing sent."""
-    os.environ |= {"YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false"}
-    if "YOLO_CONFIG_DIR" not in os.environ:
-        folder = os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="raypipe-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ |= {"YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false", "YOLO_CONFIG_DIR": _own_folder()}
+
+
+@cache
+def _own_folder() -> str:
+    """One a process: a folder that the user has named holds settings of theirs, which are not ours to change."""
+    folder = tempfile.mkdtemp(prefix="raypipe-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
