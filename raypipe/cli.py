@@ -13,7 +13,8 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # before anything i
 
 from rich.console import Console
 
-from raypipe import class_verbs, record_verbs
+from raypipe import class_verbs, data_verbs, record_verbs
+from raypipe.config.shipped import DEFAULT
 from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.ledger import commands as ledger
 
@@ -42,15 +43,6 @@ def _warn_in_one_line() -> None:
     log.handlers, log.propagate = [handler], False
 
 
-DEFAULT = Path("configs/quickstart.yaml")
-NAMED = {  # data sets, and the configurations that say which stores there are
-    "orange-juice": Path("configs/orange_juice.yaml"),
-    "lending-club": Path("configs/lending_club.yaml"),
-    "image-sales": Path("configs/image_sales.yaml"),
-    "shelves": Path("configs/shelves_detection.yaml"),
-}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="raypipe", description=__doc__, allow_abbrev=False)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -61,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def configured(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("config", nargs="?", type=Path, help=f"default: {DEFAULT}")
+        sub.add_argument("config", nargs="?", type=Path, help="default: raypipe's own configs/quickstart.yaml")
         sub.add_argument("--config", dest="config_option", type=Path, help=argparse.SUPPRESS)
         sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="train.lr=0.1 ...")
 
@@ -77,14 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--insecure", action="store_true", help="on a cluster that lets strangers run code, too")
     check = verb("check", _check, "say what would run where and what it would move; start nothing")
     configured(check)
-    data = verb(
-        "data",
-        _data,
-        "make private store data sets: of a configuration, or orange-juice, lending-club, image-sales, shelves",
-    )
-    configured(data)
-    data.add_argument("--out", type=Path, help="default: $RAYPIPE_STORES, else ~/.raypipe/stores")
-    data.add_argument("--source", help="the full data set: its folder, a .deb, or 'download'; default: see the README")
+    data_verbs.add(verb, configured)
     bring = verb("import", _import, "at a store: bring images and their labels into a data set; again: what is new")
     bring.add_argument("kind", metavar="KIND", help="folders, yolo, coco, voc or csv")
     bring.add_argument("folder", metavar="FOLDER", type=Path, help="where they lie")
@@ -192,19 +177,6 @@ def _check(options: argparse.Namespace, console: Console) -> int:
 
     config = load_run(options.config_option or options.config or DEFAULT, options.set)
     console.print(check(config), highlight=False, markup=False, soft_wrap=True)
-    return 0
-
-
-def _data(options: argparse.Namespace, console: Console) -> int:
-    from raypipe.data.stores import describe_stores
-    from raypipe.launch import make_demo_stores
-    from raypipe.placement.homes import stores_home
-    from raypipe.run import load_run
-
-    path = options.config_option or options.config or DEFAULT
-    config = load_run(NAMED.get(str(path), path), options.set)
-    made = make_demo_stores(config, options.out or stores_home(), options.source)
-    console.print(describe_stores(made), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+from raypipe.cli import main
+from raypipe.config.shipped import shipped
+from raypipe.data_verbs import NAMED
 
-def raypipe(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+
+def raypipe(*arguments: str, home: Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "raypipe", *arguments]
     env = {**os.environ, "RAYPIPE_HOME": str(home), **environment}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_check_says_what_would_run_where_and_what_it_would_move(tmp_path: Path) -> None:
@@ -81,3 +86,36 @@ def test_private_store_data_sets_are_made_once(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     assert {p.name for p in out.iterdir() if p.is_dir()} == {"city-centre", "mall", "suburb", "outlet", "harbour"}
     assert "harbour" in done.stdout
+
+
+def test_what_comes_with_raypipe_is_found_from_any_working_directory(tmp_path: Path) -> None:
+    few = [f"local.scenes.{split}=12" for split in ("train", "validation", "test")]
+    said = ("data", "shelves", "--out", str(tmp_path / "stores"), "--set", *few)
+    done = raypipe(*said, home=tmp_path, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert {p.parent.parent.parent.name for p in (tmp_path / "stores").glob("*/data/shelves/train.parquet")} == {
+        "city-centre", "mall", "suburb", "harbour"
+    }  # fmt: skip
+
+
+def test_configurations_lie_beside_the_package_or_in_a_wheel_inside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert inside["force-include"] == {"configs": "raypipe/configs"}, "what a wheel has them from, and where"
+    for name in NAMED.values():
+        assert shipped(name).is_file()
+        assert shipped(name).is_relative_to(ROOT)
+    package = tmp_path / "site" / "raypipe"
+    (package / "configs").mkdir(parents=True)
+    (tmp_path / "site" / "configs").mkdir()
+    monkeypatch.setattr("raypipe.__file__", str(package / "__init__.py"))
+    assert shipped("sync.yaml") == package / "configs" / "sync.yaml"
+
+
+def test_the_help_of_source_says_what_comes_without_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "instead of the sample that comes with raypipe" in said
+    assert "without it: from the Debian archive" in said

@@ -1,7 +1,7 @@
 """Anchors fitted to boxes: k-means whose distance is 1 - overlap, so that small boxes count as much as large ones.
 
-Redmon & Farhadi 2016, arXiv:1612.08242. The coordinator fits them and writes them into the plan, `model.anchors`;
-a store never changes them.
+Redmon & Farhadi 2016, arXiv:1612.08242. They are fitted where boxes lie, by `raypipe anchors`, and whoever writes the
+configuration says them there, as `model.anchors`; no run fits them by itself, and a store never changes them.
 """
 
 from __future__ import annotations

@@ -62,10 +62,10 @@ def _part(scale: str) -> Callable[..., Module]:
     ) -> Module:
         """n, s, m, l, x: 1.9, 7.2, 21, 47, 87 million parameters for 80 classes.
 
-        `anchors`: nine (width, height) in pixels of this image size, the small ones first, fitted to all stores'
-        boxes together; None: the public ones, scaled. `match_ratio`: up to it the sides of a box and of an anchor
-        match. `scale_gains`: objects count less in small images and classes less where they are few, as in the
-        public recipe; at 160 pixels objects would hardly count then.
+        `anchors`: nine (width, height) in pixels of this image size, the small ones first, the same for all stores;
+        `raypipe anchors` fits them to boxes; None: the public ones, scaled. `match_ratio`: up to it the sides of a
+        box and of an anchor match. `scale_gains`: objects count less in small images and classes less where they are
+        few, as in the public recipe; at 160 pixels objects would hardly count then.
         """
         from raypipe.models.yolov5_net import Gains, Yolov5
 
