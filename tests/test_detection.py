@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES
+import yaml
+from conftest import CLASSES, ROOT
 from test_shell import SitePort, run
 from torchvision.ops import box_iou
 
 from raypipe.aggregation.fold import Accumulator, Weighted
 from raypipe.aggregation.transforms import AVERAGE, apply, averaged, transforms
+from raypipe.cli import main
 from raypipe.config.schema import RunConfig
 from raypipe.coordinator.state import Scores
 from raypipe.data.dataset import open_data
@@ -109,7 +111,7 @@ def test_what_the_loss_wants_is_what_decoding_reads() -> None:
         assert (found[place, 5] == own[:, 1]).all()
 
 
-@pytest.mark.parametrize("name", [n for n in DETECTORS if n in ("yolov5n", "ssdlite320_mobilenet_v3_large")])
+@pytest.mark.parametrize("name", sorted({*DETECTORS} - {"ultralytics", *(f"yolov5{s}" for s in "smlx")}))
 def test_detectors_learn_behind_the_same_task(name: str) -> None:
     task = tasks.build({"name": "detection", "classes": ["a", "b"], "image_size": 96})
     module = models.build({"name": name}, 2, 3, 96)
@@ -128,6 +130,12 @@ def test_detectors_learn_behind_the_same_task(name: str) -> None:
         sums = task.boxes.judge(model.module, images, targets)
     assert {name: n for name, n in sums.items() if name.startswith("boxes/")} == {"boxes/0": 1, "boxes/1": 1}
     assert set(metrics(sums, 2)) == {"map50", "map"}  # the ignored one is not counted
+    with torch.inference_mode():
+        seen = model.module.detect(images, score=1e-6, overlap=0.9, most=5)
+    assert [tuple(rows.shape) for rows in seen] == [(5, 6), (5, 6)], "an untrained one sees more than it may tell"
+    for rows in seen:
+        assert ((rows[:, 5] == 0) | (rows[:, 5] == 1)).all()
+        assert (rows[:, :2] <= rows[:, 2:4]).all()
 
 
 def test_a_model_under_agpl_says_so_and_without_its_package_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,6 +429,34 @@ def shelves(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scenes = {"train": 160, "validation": 40, "test": 10}
     make_shelves(out, ["a", "b"], source=load_sample(), split=split, size_ratio=1.0, scenes=scenes)
     return out
+
+
+def anchors_of(file: Path, stores: Path, *said: str) -> int:
+    return main(["anchors", str(file), "--stores", str(stores), "--set", "name=here", *said])
+
+
+def test_anchors_are_fitted_to_the_boxes_of_the_stores_that_are_here(
+    shelves: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three stores two; what is printed can be pasted, and is what their boxes alone give."""
+    config = ROOT / "configs" / "shelves_detection.yaml"
+    raw = yaml.safe_load(config.read_text()) | {"stores": [{"id": name} for name in "abc"]}
+    file = tmp_path / "here.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    assert anchors_of(file, shelves, "task.image_size=96") == 0
+    said = capsys.readouterr().out
+    found = yaml.safe_load(said)["anchors"]
+    tables = [open_data(shelves / name / "data" / "shelves", name="s").split("train").boxes for name in "ab"]
+    own = [t.boxes[:, 2:4] * 96 / t.sizes.max(1).repeat(np.diff(t.offsets))[:, None] for t in tables if t is not None]
+    assert found == [list(pair) for pair in fit_anchors(np.concatenate(own))]
+    assert f"at 96 pixels, of {sum(map(len, own)):,} boxes at a, b; 100.0% match one" in said
+    assert load_run(file, [f"model.anchors={found}", "task.image_size=96"])
+    assert anchors_of(file, tmp_path) == 2
+    assert anchors_of(ROOT / "configs" / "quickstart.yaml", shelves) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in errors] == ["raypipe", "raypipe"]
+    assert "none of the stores of here lies in" in errors[0]
+    assert "task classification has no boxes" in errors[1]
 
 
 TASK = {"name": "detection", "classes": list(GROUPS), "merge": GROUPS, "image_size": 96, "mosaic": 0, "colour": 0.1}
