@@ -202,8 +202,8 @@ def _against(group: Sequence[Account], pooled: Sequence[Account]) -> dict[str, R
 
 
 def _compared(comparison: Comparison) -> list[str]:
-    known = {comparison.metric: None, WORST: None}
-    return [name for name in dict.fromkeys(n for row in comparison.rows for n in row.against) if name not in known]
+    names = dict.fromkeys(name for row in comparison.rows for name in row.against)
+    return [name for name in names if name not in (comparison.metric, WORST)]
 
 
 def _two(found: Ratio | None) -> tuple[float | None, float | None]:
