@@ -1,7 +1,8 @@
 """What outlives a coordinator in a random history: its diary, its journal, its versions' weights, on a disk that fails.
 
-The diary and the journal are the real ones, in a folder of memory. Weights are a word each: `written` outlives the
-process, `kept` the machine. Every write is counted, and at some of them the coordinator dies:
+The diary, the journal, the state of the server's transform and the control variates are the real ones, in a folder of
+memory. Weights are a word each: `written` outlives the process, `kept` the machine. Every write is counted, and at
+some of them the coordinator dies:
 
     after   the write is there, and nothing that should follow it
     torn    half a line of the diary is there (an event that was not acted upon), elsewhere as `after`
@@ -10,18 +11,25 @@ process, `kept` the machine. Every write is counted, and at some of them the coo
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+
+from raypipe.aggregation.variates import Variate, Variates
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.diary import Diary
 from raypipe.coordinator.state import Memory
 from raypipe.tracking.journal import Journal
+from raypipe.tracking.variates import VariateStore
+from raypipe.tracking.versions import force_state, read_state, save_state
 
 Death: TypeAlias = Literal["after", "torn", "power"]
 DEATHS: tuple[Death, ...] = ("after", "torn", "power")
@@ -39,6 +47,32 @@ class Version:
     contributions: tuple[do.Contribution, ...]
 
 
+class Forced:
+    """Which files are on the disk: `os.fsync`, watched until `close`. A power cut takes the others."""
+
+    def __init__(self) -> None:
+        self._real, self._done = os.fsync, set[tuple[int, int]]()
+        os.fsync = self._watched
+
+    def _watched(self, handle: int) -> None:
+        self._real(handle)
+        self._done.add(_identity(os.fstat(handle)))
+
+    def lose(self, *files: Path) -> None:
+        """Those that were not forced, or whose name was not: their folder."""
+        for file in files:
+            if not {_identity(file.stat()), _identity(file.parent.stat())} <= self._done:
+                file.unlink()
+
+    def close(self) -> None:
+        os.fsync = self._real
+
+
+def _identity(stat: os.stat_result) -> tuple[int, int]:
+    """With the time of the last change, as a number is given again."""
+    return stat.st_ino, 0 if S_ISDIR(stat.st_mode) else stat.st_mtime_ns
+
+
 class Disk:
     """`deaths`: which write, counted from 1, is the coordinator's last, and how."""
 
@@ -51,13 +85,19 @@ class Disk:
         self.last: Death | None = None  # how it died the last time
         self.kept: set[int] = set()  # versions that were safe, whatever was damaged since
         self._synced = 0  # bytes of the newest diary file that are on the disk
+        self._forced = Forced()
         self._open()
 
     def _open(self) -> None:
         self.diary = Diary(self.folder)
         self.journal = Journal(self.folder / "journal.sqlite", write=True)
+        self.variates = VariateStore(self.folder)
 
     def close(self) -> None:
+        self._forced.close()
+        self._shut()
+
+    def _shut(self) -> None:
         self.diary.close()
         self.journal.close()
 
@@ -84,9 +124,13 @@ class Disk:
     def write(self, version: int) -> None:
         self.weights[version] = "written"
         self.kept.discard(version)
+        save_state(self.folder, version, {"momentum": _values(version)})
+        self.variates.write(version, Variates.of({"s0": Variate(_values(version), 1.0, version)}))
         self._wrote("weights")
 
     def keep(self, version: int) -> None:
+        assert force_state(self.folder, version) is not None, f"version {version} is kept without its state"
+        assert self.variates.force(version) is not None, f"version {version} is kept without its variates"
         self.weights[version] = "kept"
         self.kept.add(version)
         self._wrote("weights kept")
@@ -107,6 +151,7 @@ class Disk:
             if (size := self._size()) > self._synced:
                 self._cut(self.chance.randint(self._synced, size))
             self.weights = {v: "kept" if state == "kept" else "lost" for v, state in self.weights.items()}
+            self._forced.lose(*self.folder.glob("state-*"), *self.variates.folder.glob("*"))
         raise Crash
 
     def damage(self, version: int) -> None:
@@ -115,11 +160,14 @@ class Disk:
 
     def reopen(self) -> None:
         """In a new process."""
-        self.close()
+        self._shut()
         self._open()
 
     def intact(self, version: int) -> bool:
-        return self.weights.get(version) in ("written", "kept")
+        """As `raypipe.compose` asks: all that it takes to go on from a version."""
+        if self.weights.get(version) not in ("written", "kept"):
+            return False
+        return read_state(self.folder, version) is not None and self.variates.read(version) is not None
 
     def past(self) -> tuple[int, int, dict[int, Version]]:
         """The newest epoch, the machine's last record and the versions, as `raypipe.compose` reads them."""
@@ -148,6 +196,10 @@ class Disk:
         assert file is not None
         with file.open("rb+") as opened:
             opened.truncate(size)
+
+
+def _values(version: int) -> np.ndarray:
+    return np.full(4, version, np.float32)
 
 
 @dataclass

@@ -170,7 +170,7 @@ def versions(folder: Path, run: Run) -> Iterator[str]:
         if count > 1:
             yield f"versions: version {number} has {count} files"
     newest = max(run.versions, default=None)
-    if newest is not None and newest not in numbers and not (folder / f"versions/v{newest:05d}.part").is_file():
+    if newest is not None and newest not in numbers and not list((folder / "versions").glob(f"v{newest:05d}.*part")):
         yield f"versions: the newest version {newest} has no file"
 
 

@@ -178,7 +178,7 @@ class World:
         self.disk.reopen()
         newest = self.machine.version
         kept = [v for v, state in self.disk.weights.items() if state == "kept"]
-        if len(kept) > 1 and newest in kept and self.chance.random() < 0.1:
+        if len(kept) > 1 and newest in kept and self.disk.intact(newest - 1) and self.chance.random() < 0.1:
             self.disk.damage(newest)
         self.queue = self.network.meanwhile(self.queue, self.at, self.chance.uniform(0, 30))
         heapq.heapify(self.queue)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -18,8 +19,9 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_resume import make
-from test_shell import NAMES, SitePort, config, run
+from test_shell import NAMES, SitePort, config, records, run
 
+from raypipe.aggregation.variates import Variate, Variates
 from raypipe.coordinator.diary import Diary
 from raypipe.ledger.keys import digest
 from raypipe.tracking.book import RunBook
@@ -81,7 +83,11 @@ def test_nothing_is_done_before_it_is_written(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(SitePort, "train", train)
     make(tmp_path / "stores")
-    run(config(stop={"max_versions": 3}), tmp_path, {n: SitePort(tmp_path / "stores" / n) for n in NAMES})
+    train_said = {"local_steps": 2, "batch_size": 16, "control_variates": True}
+    said = config(stop={"max_versions": 3}, train=train_said, server="adam")
+    run(said, tmp_path, {n: SitePort(tmp_path / "stores" / n) for n in NAMES})
+    kept = {body["version"]: body for body in records(tmp_path, "weights_kept")}
+    assert all({"state", "variates"} <= set(body) for body in kept.values())
     for place, line in enumerate(done):
         so_far, (what, about, *rest) = done[:place], (line + " ").split(" ")[:3]
         if what == "train":
@@ -90,7 +96,13 @@ def test_nothing_is_done_before_it_is_written(tmp_path: Path, monkeypatch: pytes
         elif what == "settle" and rest != ["None"]:
             assert f"record weights_kept {rest[0]}" in so_far, "settled before it is kept"
         elif about == "weights_kept":
-            assert f"fsync v{int(rest[0]):05d}.part" in so_far, "kept, but not on the disk"
+            forced = {s.removeprefix("fsync ") for s in so_far if s.startswith("fsync")}
+            number = f"{int(rest[0]):05d}"
+            needed = {f"v{number}.1.part", f"state-v{number}.safetensors", f"v{number}.json", "variates", "run"}
+            assert needed <= forced, f"kept, but not on the disk: {needed - forced}"
+            table = tmp_path / "runs" / "run" / "variates" / f"v{number}.json"
+            named = {row[0] for row in json.loads(table.read_text()).values()} if table.is_file() else set()
+            assert named <= forced, f"kept, but variates are not on the disk: {named - forced}"
         elif about == "version_published" and rest != ["0"]:
             assert f"write {rest[0]}" in so_far, "a fact before its weights"
             (noted,) = [p for p, s in enumerate(so_far) if s.startswith("note") and f"Publish/{rest[0]}" in s]
@@ -120,6 +132,29 @@ def test_what_is_damaged_is_not_recovered(tmp_path: Path) -> None:
         file.write_bytes(content)
     assert store.recover(1, layout, digest(vector)) is None
     assert read_state(tmp_path, 1) is None
+
+
+def test_a_state_or_table_that_is_whole_but_another_than_was_kept_is_not_gone_on_from(tmp_path: Path) -> None:
+    book, layout = RunBook(tmp_path, 5, (10,), lambda: 0.0), Layout.of([("w", (40,), "float32", Role.SHARED)])
+
+    def write(value: float) -> None:
+        vector = np.full(layout.size, value, np.float32)
+        book.write(1, vector, layout, {"m": vector})
+        book.variates.write(1, Variates.of({"a": Variate(vector, 1.0, 0)}))
+
+    write(1.0)
+    book.keep(1)
+    assert book.state(1)["m"][0] == 1.0
+    assert book.table(1).known["a"].values[0] == 1.0
+    write(2.0)
+    for again in (book, RunBook(tmp_path, 5, (10,), lambda: 0.0)):
+        list(again.past())
+        assert again.state(1) is None
+        assert again.table(1) is None
+    book.record("version_withdrawn", {"version": 1})
+    assert book.state(1)["m"][0] == 2.0
+    book.keep(1)
+    assert book.table(1).known["a"].values[0] == 2.0
 
 
 def test_an_update_of_a_withdrawn_version_is_in_none(tmp_path: Path) -> None:

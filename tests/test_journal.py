@@ -11,15 +11,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
-from raypipe.errors import RunError
+from raypipe.errors import RunError, StoreSuperseded
+from raypipe.ledger.keys import digest
+from raypipe.tracking.book import RunBook
 from raypipe.tracking.damage import Tail
-from raypipe.tracking.journal import CUT, FILE, Journal
+from raypipe.tracking.journal import CUT, FILE, NEWEST, Journal
 from raypipe.tracking.lineage import list_versions, read_history
 from raypipe.tracking.migrate import CREATE, SCHEMA, STEPS
+from raypipe.tracking.versions import VersionStore
+from raypipe.types import Layout, Role
 
+STARTED = {"run": "run", "config": {"task": {}, "model": {}}}
 OLD = ROOT / "tests" / "journals" / "schema-1.jsonl"  # as raypipe wrote it then: three stores, two versions
 
 
@@ -169,3 +175,55 @@ def test_a_journal_of_which_nothing_is_left_says_so_in_one_line(tmp_path: Path) 
         with pytest.raises(RunError, match="cannot be opened") as no:
             Journal(file, write=write)
         assert "\n" not in no.value.message
+
+
+def test_a_coordinator_that_is_over_adds_nothing(tmp_path: Path) -> None:
+    """Frozen, and thawed after another has taken the run over; or two that begin at once."""
+    layout = Layout.of([("w", (40,), "float32", Role.SHARED)])
+    vector = np.ones(layout.size, np.float32)
+    first, second, late = (RunBook(tmp_path, 5, (10,), lambda: 0.0) for _ in range(3))
+    first.record("run_started", {**STARTED, "epoch": 1})
+    first.write(1, vector, layout, {"m": vector})
+    first.record("version_published", {"version": 1, "contributions": []})
+    second.record("run_started", {**STARTED, "epoch": 2})
+    there = said(tmp_path / FILE), sorted(tmp_path.rglob("*.part"))
+    for write in (
+        lambda: first.record("version_published", {"version": 2, "contributions": []}),
+        lambda: first.write(2, vector, layout, {"m": vector}),
+        lambda: first.keep(1),
+        lambda: late.record("run_started", {"epoch": 2}),
+        lambda: late.record("run_started", {"epoch": 1}),
+    ):
+        with pytest.raises(StoreSuperseded, match="another coordinator has taken this run over"):
+            write()
+    assert (said(tmp_path / FILE), sorted(tmp_path.rglob("*.part"))) == there
+    second.record("version_published", {"version": 2, "contributions": []})
+    late.record("run_started", {"epoch": 3})
+    assert [kind for _, kind, _ in said(tmp_path / FILE)][2:] == ["run_started", "version_published", "run_started"]
+
+
+def test_the_newest_start_is_found_without_a_look_at_every_record_also_in_an_old_journal(tmp_path: Path) -> None:
+    file = make(tmp_path, [(0.0, "run_started", {"epoch": 4}), *[(0.0, "store_left", {"store": "a"})] * 50], SCHEMA)
+    journal = Journal(file, write=True)
+    assert journal.append("store_left", {"store": "b"}, 0.0) == 52, "who has not begun is no coordinator"
+    assert "USING INDEX starts" in str(journal._rows(f"explain query plan {NEWEST}"))
+    assert journal.append("run_started", {"epoch": 5}, 0.0) == 53
+
+
+def test_two_coordinators_that_make_the_same_version_do_not_spoil_each_others_weights(tmp_path: Path) -> None:
+    layout = Layout.of([("w", (40,), "float32", Role.SHARED)])
+    ours, theirs = np.full(layout.size, 2.0, np.float32), np.full(layout.size, 1.0, np.float32)
+    for value in (ours, theirs):
+        value[40:] = 0
+    first, second = VersionStore(tmp_path), VersionStore(tmp_path)
+    first.life, second.life = 9, 10
+    first.write(1, theirs, layout, {})
+    assert second.recover(1, layout, digest(theirs)) is not None, "what the one before it has written"
+    second.write(1, ours, layout, {})
+    first.write(1, theirs, layout, {})
+    second.keep(1)
+    assert second.read(1)["w"][0] == 2.0
+    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
+    (tmp_path / "v00002.part").write_bytes(second.path(1).read_bytes())  # as it was named once
+    second.keep(2)
+    assert second.read(2)["w"][0] == 2.0

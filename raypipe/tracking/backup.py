@@ -158,7 +158,7 @@ def _try(run_dir: Path, copy: Path, stack: ExitStack) -> _Moment:
         raise RunError(f"run {run_dir.name} has no version yet: there is nothing to back up")
     newest, store = max(history.versions), VersionStore(run_dir / FOLDER)
     moment = _Moment(newest, False, last)
-    names = [f for like in ("v*-*.safetensors", "v*.pin", f"v{newest:05d}.part") for f in store.folder.glob(like)]
+    names = [f for like in ("v*-*.safetensors", "v*.pin", f"v{newest:05d}.*part") for f in store.folder.glob(like)]
     states = list(run_dir.glob("state-v*.safetensors"))
     for file in sorted([*names, *states]):
         try:

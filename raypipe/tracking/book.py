@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from raypipe.aggregation.variates import Variates
 from raypipe.errors import ConfigError, RunError
 from raypipe.ledger.keys import digest
 from raypipe.models.tensors import vector_from
@@ -18,7 +19,7 @@ from raypipe.tracking.journal import Journal
 from raypipe.tracking.lineage import model_card
 from raypipe.tracking.records import Kind, RunStarted
 from raypipe.tracking.variates import VariateStore
-from raypipe.tracking.versions import Retention, VersionStore, save_state
+from raypipe.tracking.versions import Retention, Tensors, VersionStore, force_state, read_state, save_state
 from raypipe.types import Layout
 
 REMEMBERED = 10_000  # tickets of which the version is known without a look into the journal
@@ -51,25 +52,29 @@ class RunBook:
         self.damage = self._journal.damage  # what of the record is left out; empty: nothing
         self._last, self._every, self._wall = keep_last, keep_every, wall
         self._started: RunStarted | None = None
-        self._kept: set[str] = set()
+        self._kept: dict[int, Mapping[str, Any]] = {}  # version -> its newest `weights_kept`
         self._folded: dict[str, int] = {}
 
     def record(self, kind: str, body: Mapping[str, Any]) -> None:
-        """Durable when it returns. Raises RunError."""
+        """Durable when it returns. Raises RunError, StoreSuperseded: a later coordinator has begun."""
         self._journal.append(cast(Kind, kind), body, self._wall())
         self._remember(kind, body)
 
     def _remember(self, kind: str, body: Mapping[str, Any]) -> None:
         if kind == "run_started":
             self._started = cast(RunStarted, body)
+            self.versions.life = int(body.get("epoch", 0))
         elif kind == "weights_kept":
-            self._kept.add(body["file"])
+            self._kept[body["version"]] = body
+            if len(self._kept) > REMEMBERED:
+                del self._kept[min(self._kept)]
         elif kind == "version_published":
             self._folded |= {c["ticket"]: body["version"] for c in body["contributions"]}
             for ticket in list(self._folded)[:-REMEMBERED]:
                 del self._folded[ticket]
         elif kind == "version_withdrawn":
             self._folded = {t: v for t, v in self._folded.items() if v != body["version"]}
+            self._kept.pop(body["version"], None)
 
     def hash(self, vector: np.ndarray) -> str:
         """A version's content hash: `b3:` and 64 hex digits, of the float32 values in the order of the layout."""
@@ -84,21 +89,37 @@ class RunBook:
         task: Mapping[str, Any] | None = None,
     ) -> None:
         """A version's weights with what they belong to, and the server transform's state, so that they outlive this
-        process. `task`: its part, where it is not the configuration's. Raises RunError."""
+        process. `task`: its part, where it is not the configuration's. Raises RunError, StoreSuperseded."""
+        self._journal.refuse_superseded()
         card = model_card(self._started, version, task) if self._started else {}
         self.versions.write(version, vector, layout, card)
         if state:
             save_state(self.folder, version, state)
 
     def force(self, version: int) -> None:
-        """Have what was written on the disk. Raises RunError."""
-        self.versions.keep(version)
+        """Have all that it takes to go on from a version on the disk. Raises RunError."""
+        self._forced(version)
+
+    def _forced(self, version: int) -> dict[str, Any]:
+        """The same; with the body of `weights_kept`."""
+        self._journal.refuse_superseded()
+        beside = {"state": force_state(self.folder, version), "variates": self.variates.force(version)}
+        body = {"version": version, **asdict(self.versions.keep(version))}
+        return body | {name: found for name, found in beside.items() if found is not None}
 
     def keep(self, version: int) -> None:
         """Have what was written on the disk, then write down that it is there. Raises RunError."""
-        stored = self.versions.keep(version)
-        if stored.file not in self._kept:
-            self.record("weights_kept", {"version": version, **asdict(stored)})
+        body = self._forced(version)
+        if self._kept.get(version, {}).get("file") != body["file"]:
+            self.record("weights_kept", body)
+
+    def state(self, version: int) -> Tensors | None:
+        """The server transform's state after a version; None where it is lost, damaged or another than was kept."""
+        return read_state(self.folder, version, self._kept.get(version, {}).get("state"))
+
+    def table(self, version: int) -> Variates | None:
+        """The stores' control variates after a version; None as above."""
+        return self.variates.read(version, self._kept.get(version, {}).get("variates"))
 
     def read(self, version: int, layout: Layout) -> np.ndarray:
         """A version's vector. Raises ConfigError where its weights are gone, RunError where they are damaged."""

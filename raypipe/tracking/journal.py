@@ -2,6 +2,10 @@
 
 An SQLite file in WAL mode, so that any number of processes read while one writes. `append` returns when the
 record is on the disk (synchronous=FULL, one fsync); rows are never changed, the database itself refuses it.
+
+Who has written `run_started` owns the run until another writes one of a higher epoch: from then on each of its
+appends is refused, in the same statement, so that a coordinator which stood still and goes on adds nothing. The newest
+`run_started` is found by an index of these rows alone, whatever the journal's length.
 """
 
 from __future__ import annotations
@@ -16,14 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raypipe.errors import RunError
+from raypipe.errors import RunError, StoreSuperseded
 from raypipe.tracking.damage import Tail, rows, salvage, schema_of
-from raypipe.tracking.migrate import CREATE, SCHEMA, rewrite, upgraded
+from raypipe.tracking.migrate import CREATE, SCHEMA, STARTS, rewrite, upgraded
 from raypipe.tracking.records import KINDS, Kind
 
 FILE = "journal.sqlite"
 PAGE = 256  # records fetched at once
+NEWEST = "select max(seq) from record where kind = 'run_started'"
+ADD = f"""insert into record(at, kind, body) select ?1, ?2, ?3 where ?4 is null or ?4 = ({NEWEST})"""
+BEGIN = f"""insert into record(at, kind, body) select ?1, ?2, ?3 where ?4 is null or
+            ?4 > coalesce((select json_extract(body, '$.epoch') from record where seq = ({NEWEST})), 0)"""
 CUT = "the journal was cut inside a write: its last record is not whole, nobody acted on it, it is left out"
+
+OTHERS = "another coordinator has taken this run over"
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +62,7 @@ class Journal:
         self._lock = threading.Lock()
         self._schema = SCHEMA
         self._whole = True
+        self._begun: int | None = None  # the number of the `run_started` that was written here
         if not write and not path.is_file():
             raise RunError(f"no run here: {path} is missing")
         try:
@@ -94,6 +105,8 @@ class Journal:
             self._db.execute("select count(*) from record").fetchone()  # a damaged one is found now
             if found < SCHEMA:
                 rewrite(self._db, self.path, found)
+        if write:
+            self._db.execute(STARTS)
         self._schema = SCHEMA if write else found
 
     def _left_out(self, error: sqlite3.Error, write: bool) -> None:
@@ -111,16 +124,29 @@ class Journal:
         self.damage = f"the journal {self.path.name} is damaged: what came after record {last} is left out"
 
     def append(self, kind: Kind, body: Mapping[str, object], at: float) -> int:
-        """The record's number; it is on the disk. Raises RunError (disk full, no such kind); nothing was written."""
+        """The record's number; it is on the disk.
+
+        Raises RunError (disk full, no such kind), StoreSuperseded (a later coordinator has begun): nothing was written.
+        """
         if kind not in KINDS:
             raise RunError(f"the journal knows no record of kind {kind!r}")
-        text = json.dumps(body, separators=(",", ":"))
+        text, begins = json.dumps(body, separators=(",", ":")), kind == "run_started"
+        owner = body.get("epoch") if begins else self._begun
         try:
             with self._lock:
-                cursor = self._db.execute("insert into record(at, kind, body) values (?, ?, ?)", (at, kind, text))
+                cursor = self._db.execute(BEGIN if begins else ADD, (at, kind, text, owner))
         except sqlite3.Error as error:
             raise RunError(f"the journal {self.path.name} could not be written: {error}") from None
-        return int(cursor.lastrowid or 0)
+        if not cursor.rowcount:
+            raise StoreSuperseded(OTHERS)
+        number = int(cursor.lastrowid or 0)
+        self._begun = number if begins else self._begun
+        return number
+
+    def refuse_superseded(self) -> None:
+        """Before anything is written beside the journal. Raises StoreSuperseded: a later coordinator has begun."""
+        if self._begun is not None and self._rows(NEWEST)[0][0] != self._begun:
+            raise StoreSuperseded(OTHERS)
 
     def read(self, after: int = 0, kinds: Sequence[Kind] | None = None) -> Iterator[Record]:
         """The records with a number above `after`, in order, up to what is there now."""

@@ -26,6 +26,7 @@ create table record(seq integer primary key, at real not null, kind text not nul
 create trigger never_updated before update on record begin select raise(abort, 'the journal is append-only'); end;
 create trigger never_deleted before delete on record begin select raise(abort, 'the journal is append-only'); end;
 """
+STARTS = "create index if not exists starts on record(seq) where kind = 'run_started'"  # made by whoever writes
 
 
 def _to_2(kind: str, body: dict[str, Any]) -> list[Said]:

@@ -219,12 +219,14 @@ class VersionPublished(TypedDict):
 
 
 class WeightsKept(TypedDict):
-    """A version's weights are on the disk."""
+    """A version's weights are on the disk, and what else it takes to go on from it."""
 
     version: int
     file: str  # its name in the version store, no folder
     hash: str  # blake3 of the file
     num_bytes: int
+    state: NotRequired[str]  # hash of the server transform's state, where it has one
+    variates: NotRequired[str]  # hash of the table of control variates, where there is one
 
 
 class VersionWithdrawn(TypedDict):

@@ -3,13 +3,15 @@
     <run>/variates/<store>-<12 digits>.f32    one variate, raw little-endian float32, named by the blake3 of its content
     <run>/variates/v00012.json                the table after version 12: store -> digits, worth, version
 
-A version writes the variates that its updates have changed and its table, in one rename each. What no table names any
-more is removed: tables are kept of the newest two versions, and of those that open tickets were trained from.
+A version writes the variates that its updates have changed and its table, in one rename each, and has them on the disk
+before its weights count as kept. What no table names any more is removed: tables are kept of the newest two versions,
+and of those that open tickets were trained from.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +20,7 @@ import numpy as np
 from raypipe.aggregation.variates import Variate, Variates
 from raypipe.errors import RunError
 from raypipe.ledger.keys import digest
+from raypipe.security.files import sync_folder
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 FOLDER = "variates"
@@ -31,6 +34,7 @@ class VariateStore:
     def __init__(self, run: Path) -> None:
         self.folder = run / FOLDER
         self._names: dict[str, tuple[Variate, str]] = {}  # of each store's newest: it, and its file's name
+        self._forced: set[str] = set()  # files that are on the disk
 
     def write(self, version: int, variates: Variates) -> None:
         """The table after a version; outlives this process when it returns. Raises RunError."""
@@ -43,10 +47,31 @@ class VariateStore:
         except OSError as error:
             raise RunError(f"the variates of version {version} could not be written: {error.strerror}") from None
 
-    def read(self, version: int) -> Variates | None:
-        """The table after a version; None where any of it is lost or damaged."""
+    def force(self, version: int) -> str | None:
+        """Have the table after a version on the disk; its hash, None where there is none. Raises RunError."""
+        table = self.folder / TABLE.format(version)
+        if not table.is_file():
+            return None
         try:
-            rows = json.loads((self.folder / TABLE.format(version)).read_bytes())
+            content = table.read_bytes()
+            named = {row[0] for row in json.loads(content).values()}
+            for name in sorted(named - self._forced):
+                _force(self.folder / name)
+            _force(table)
+            sync_folder(self.folder)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "its table is damaged"
+            raise RunError(f"the variates of version {version} could not be kept: {reason}") from None
+        self._forced = named
+        return digest(content)
+
+    def read(self, version: int, expected: str | None = None) -> Variates | None:
+        """The table after a version; None where any of it is lost or damaged, or not of the `expected` hash."""
+        try:
+            content = (self.folder / TABLE.format(version)).read_bytes()
+            if expected not in (None, digest(content)):
+                return None
+            rows = json.loads(content)
             known = {}
             for store, (name, worth, base) in rows.items():
                 values = np.fromfile(self.folder / name, "<f4")
@@ -83,12 +108,18 @@ class VariateStore:
 
     def _put(self, name: str, content: Any) -> None:
         part = self.folder / f"{name}.part"
+        self._forced.discard(name)
         try:
             part.write_bytes(content)
             part.rename(self.folder / name)
         except OSError:
             part.unlink(missing_ok=True)
             raise
+
+
+def _force(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def _name(store: str, values: Array) -> str:

@@ -1,8 +1,9 @@
 """The weights of a run's versions, one safetensors file each, and which of them are kept.
 
 A file's name holds its version and the first 12 digits of its blake3, so a half-written or altered file cannot
-pass for a version. It appears under that name only when it is whole and on the disk; before, it is a `.part`. What
-was removed here is still in the journal: lineage is kept for ever, weights by rule.
+pass for a version. It appears under that name only when it is whole and on the disk; before, it is a `.part` with the
+epoch of the coordinator that writes it, so that one which stood still while another took over spoils nothing. What was
+removed here is still in the journal: lineage is kept for ever, weights by rule.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class VersionStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.life = 0  # the writer's epoch
 
     def write(self, version: int, vector: Array, layout: Layout, metadata: Mapping[str, object]) -> None:
         """Outlives this process when it returns, and the machine after `keep`. `metadata` goes into the header.
@@ -81,9 +83,10 @@ class VersionStore:
 
         It may be repeated. Raises RunError.
         """
-        part, there = self._part(version), self._files(version)
+        parts, there = self._parts(version), self._files(version)
+        part = parts[0] if parts else self._part(version)
         try:
-            if not part.is_file() and len(there) == 1:
+            if not parts and len(there) == 1:
                 return Stored(there[0].name, _digest(there[0]), there[0].stat().st_size)
             found = _digest(part)
             with part.open("rb") as file:
@@ -91,7 +94,7 @@ class VersionStore:
                 os.fsync(file.fileno())
             final = self.folder / f"v{version:05d}-{found[:DIGITS]}.safetensors"
             part.rename(final)
-            for stale in there:
+            for stale in (*there, *parts):
                 if stale != final:
                     stale.unlink(missing_ok=True)
             sync_folder(self.folder)
@@ -101,7 +104,7 @@ class VersionStore:
 
     def recover(self, version: int, layout: Layout, content_hash: str) -> Array | None:
         """A version's vector, also of one that was written and not kept yet; None where it is lost or damaged."""
-        for file in (*self._files(version), self._part(version)):
+        for file in (*self._files(version), *self._parts(version)):
             try:
                 vector = vector_from(layout, load_file(file))
             except (OSError, SafetensorError, ConfigError):
@@ -162,7 +165,12 @@ class VersionStore:
         return removed
 
     def _part(self, version: int) -> Path:
-        return self.folder / f"v{version:05d}.part"
+        return self.folder / f"v{version:05d}.{self.life}.part"
+
+    def _parts(self, version: int) -> list[Path]:
+        """The latest coordinator's first: what is recorded of a version is what the last one to make it has written."""
+        found = self.folder.glob(f"v{version:05d}.*part")
+        return sorted(found, key=lambda file: int(file.name.split(".")[1].removesuffix("part") or 0), reverse=True)
 
     def _files(self, version: int) -> list[Path]:
         return list(self.folder.glob(f"v{version:05d}-*.safetensors"))
@@ -180,25 +188,60 @@ def read_file(file: Path) -> tuple[Tensors, dict[str, Any]]:
 
 
 def save_state(folder: Path, version: int, state: Mapping[str, Array]) -> None:
-    """The server transform's state after a version, beside its weights; the newest two are kept. Raises RunError."""
+    """The server transform's state after a version, beside its weights.
+
+    Outlives this process when it returns, and the machine after `force_state`. Raises RunError.
+    """
     file = folder / STATE.format(version)
+    part = file.with_suffix(".part")
     try:
-        save_file(dict(state), file.with_suffix(".part"), metadata={"hash": _of_tensors(state)})
-        file.with_suffix(".part").rename(file)
+        save_file(dict(state), part, metadata={"hash": _of_tensors(state)})
+        part.rename(file)
     except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
         raise RunError(f"the state after version {version} could not be written: {_reason(error)}") from None
-    for old in sorted(folder.glob(STATE.format(0).replace("00000", "*")))[:-2]:
-        old.unlink(missing_ok=True)
 
 
-def read_state(folder: Path, version: int) -> Tensors | None:
-    """The server transform's state after a version; None where it is lost or damaged."""
+def force_state(folder: Path, version: int) -> str | None:
+    """Have the state after a version on the disk; its hash, None where there is none. Raises RunError.
+
+    Those of older versions go, but for the one before it: a version that is damaged later has one to go back to.
+    """
+    file = folder / STATE.format(version)
+    if not file.is_file():
+        return None
+    try:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+        sync_folder(folder)
+        with safe_open(file, "np") as state:
+            found = _shortened((state.metadata() or {}).get("hash", ""))
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"the state after version {version} could not be kept: {_reason(error)}") from None
+    for old in folder.glob(STATE.format(0).replace("00000", "*")):
+        if int(old.stem.removeprefix("state-v")) < version - 1:
+            old.unlink(missing_ok=True)
+    return found
+
+
+def read_state(folder: Path, version: int, expected: str | None = None) -> Tensors | None:
+    """The server transform's state after a version; None where it is lost, damaged, or not of the `expected` hash."""
     try:
         with safe_open(folder / STATE.format(version), "np") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
-            return tensors if (opened.metadata() or {}).get("hash") == _of_tensors(tensors) else None
+            found = _of_tensors(tensors)
+            return tensors if (opened.metadata() or {}).get("hash") == found and _is(found, expected) else None
     except (OSError, SafetensorError):
         return None
+
+
+def _is(found: str, expected: str | None) -> bool:
+    return expected in (None, _shortened(found))
+
+
+def _shortened(of_tensors: str) -> str:
+    """One hash, of those of all tensors."""
+    return digest(of_tensors.encode())
 
 
 def _of_tensors(tensors: Mapping[str, Array]) -> str:
