@@ -26,6 +26,7 @@ from raypipe.coordinator.events import Tick
 from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.notary import Notary
 from raypipe.coordinator.resume import bring_back
+from raypipe.coordinator.room import when_there_is_room
 from raypipe.coordinator.shell import Shell
 from raypipe.coordinator.stages import Next, Stage, Stages, rehearse
 from raypipe.errors import RunError
@@ -42,7 +43,6 @@ from raypipe.tasks import tasks
 from raypipe.tasks.class_list import Change, ClassList
 from raypipe.tracking.book import RunBook
 from raypipe.tracking.journal import FILE
-from raypipe.tracking.versions import read_state
 from raypipe.types import Layout
 
 if TYPE_CHECKING:
@@ -77,10 +77,11 @@ def compose(
     layout, stages = model.layout, Stages(first_stage(said, run, model.form))
     rehearse(stages.at(0), next_stage(said), classes_of(said)[1])
     every = (said.track.keep_every, said.track.log_model_every)
-    book = RunBook(folder, said.track.keep_last, every, time.time)
     board, diary, code, plan = Board(said.evaluate.metric), Diary(folder), code_hash(), stages.at(0).plan
+    patiently = partial(when_there_is_room, folder=folder, num_bytes=model.vector.nbytes, say=board.lines.append)
+    book = patiently(partial(RunBook, folder, said.track.keep_last, every, time.time))
     past = _past(book, board) if there else _Past()
-    board.lines += [line for line in (book.damage, licence_of(said.model)) if line]
+    board.lines += [line for line in (book.damage, past.other_code(code), licence_of(said.model)) if line]
     again = bool(past.versions)  # else it died before its first version, or is new
     if start is not None and not again:
         model.restore(start, model.state)
@@ -91,7 +92,7 @@ def compose(
     machine = new_machine(said if past.config is None else RunConfig.model_validate(past.config))
     first: list[Action] = []
     if again:
-        first = _take_up(past, machine, diary, book, model, stages)
+        first = _take_up(past, machine, diary, book, model, stages, board)
         machine.policy = policy_of(said)
     elif said.pacing.max_active_stores is not None:
         first = machine.handle(Tick(machine.now))  # whom to ask for first
@@ -126,7 +127,8 @@ def compose(
     for version in past.withdrawn:
         shell.record("version_withdrawn", {"version": version, "reason": "its weights were lost"})
     shell.owe(first)
-    diary.checkpoint(machine.memory(), [action for action in first if isinstance(action, Record)])
+    owed = [action for action in first if isinstance(action, Record)]
+    patiently(partial(diary.checkpoint, machine.memory(), owed))
     begin = partial(shell.resume, past.newest) if again else shell.begin
 
     def read(version: int) -> np.ndarray:
@@ -293,12 +295,19 @@ class _Past:
     epoch: int = 0
     told: int = 0  # the machine's records
     config: dict[str, Any] | None = None
+    code: str = ""
     versions: dict[int, dict[str, Any]] = field(default_factory=dict)
     withdrawn: list[int] = field(default_factory=list)
 
     @property
     def newest(self) -> dict[str, Any]:
         return self.versions[max(self.versions)]
+
+    def other_code(self, now: str) -> str:
+        """That this is not the code which the run was last taken up with; empty: it is."""
+        if self.code in ("", now):
+            return ""
+        return f"the code is another than the run had: {self.code[:12]} then, {now[:12]} now; it goes on with this one"
 
 
 def _past(book: RunBook, board: Board) -> _Past:
@@ -307,7 +316,7 @@ def _past(book: RunBook, board: Board) -> _Past:
         board.add(kind, body)
         past.told = max(past.told, body.get("told", 0))
         if kind == "run_started":
-            past.epoch, past.config = body["epoch"], body["config"]
+            past.epoch, past.config, past.code = body["epoch"], body["config"], body["code_hash"]
         elif kind == "run_restored":
             past.epoch = body["epoch"]
         elif kind == "version_published":
@@ -320,7 +329,7 @@ def _past(book: RunBook, board: Board) -> _Past:
 
 
 def _take_up(
-    past: _Past, machine: Coordinator, diary: Diary, book: RunBook, model: GlobalModel, stages: Stages
+    past: _Past, machine: Coordinator, diary: Diary, book: RunBook, model: GlobalModel, stages: Stages, board: Board
 ) -> list[Action]:
     """The machine as it was, the model at the newest version that can be had; what is to be done first."""
     for version, body in sorted(past.versions.items()):
@@ -330,8 +339,8 @@ def _take_up(
     def intact(version: int) -> bool:
         form = stages.at(version).form
         vector = book.versions.recover(version, form.layout, past.versions[version]["hash"])
-        state = read_state(book.folder, version) if model.state else {}
-        variates = book.variates.read(version) if model.variates is not None else None
+        state = book.state(version) if model.state else {}
+        variates = book.table(version) if model.variates is not None else None
         if vector is None or state is None or (variates is None and model.variates is not None):
             return False
         model.restore(vector, state, form, variates)
@@ -342,6 +351,7 @@ def _take_up(
         machine, diary, newest=newest, told=past.told, intact=intact, epoch=past.epoch + 1, grace_s=GRACE_S
     )
     past.withdrawn = back.withdrawn
+    board.lines += [back.damage] if back.damage else []
     for version in back.withdrawn:
         del past.versions[version]
         stages.withdraw(version)

@@ -173,8 +173,8 @@ def watch(actor: Any, see: Callable[[dict[str, Any]], None], check: Callable[[],
 def take_up(address: str, say: Callable[[str], None]) -> None:
     """Every run of this head that died, until each is over. Raises RunError when the cluster ends before they do.
 
-    For the head's supervisor: a run that cannot go on is told and left; SIGTERM ends this process and with it the
-    coordinators, not the runs.
+    For the head's supervisor: a run that cannot be read is told and left, one that could not go on for now is told
+    and counts as lost; SIGTERM ends this process and with it the coordinators, not the runs.
     """
     from raypipe.comeback import unfinished
     from raypipe.placement import actor as cluster
@@ -217,6 +217,8 @@ def _see_out(working: dict[Any, tuple[str, Any]], say: Callable[[str], None]) ->
     """Wait for the end of each; those whose coordinator was lost."""
     import ray
 
+    from raypipe.comeback import unfinished
+
     lost: list[str] = []
     while working:
         done, _ = ray.wait(list(working))
@@ -227,6 +229,7 @@ def _see_out(working: dict[Any, tuple[str, Any]], say: Callable[[str], None]) ->
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             say(f"{run}: {cause.message if isinstance(cause, RaypipeError) else type(cause).__name__}")
+            lost += [run] if run in unfinished() else []  # by its record it is not over: a full disk, say
         except ray.exceptions.RayError as error:
             say(f"{run}: its coordinator was lost ({type(error).__name__})")
             lost.append(run)

@@ -32,6 +32,7 @@ FOLDER = "diary"
 SCHEMA = 2  # 1 did not count records: which of them were not written cannot be known
 STEPS = 2000  # lines of a file, after which the next version begins another
 FILES = 500  # older ones are removed: what they hold is in the checkpoints
+CUT = "the diary was cut inside a line: its last event is not whole, nobody acted on it, it is left out"
 DECISIONS = (
     do.Train,
     do.Collect,
@@ -51,11 +52,15 @@ _MEMORY = TypeAdapter(Memory)
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """A checkpoint and what came after it. `owed` None: it was written before records were counted."""
+    """A checkpoint and what came after it. `owed` None: it was written before records were counted.
+
+    `damage`: that its last line was cut and is left out, in words; empty: nothing is.
+    """
 
     memory: Memory
     owed: tuple[do.Record, ...] | None
     events: tuple[ev.Event, ...]
+    damage: str = ""
 
 
 class Diary:
@@ -119,7 +124,7 @@ class Diary:
             first, *lines = file.read_bytes().split(b"\n")
             whole = lines[:-1]  # what follows the last line end was cut, or is nothing
             memory, owed = _memory(first, file)
-            return Remembered(memory, owed, tuple(_event(line, file) for line in whole))
+            return Remembered(memory, owed, tuple(_event(line, file) for line in whole), CUT if any(lines[-1:]) else "")
         return None
 
     def close(self) -> None:

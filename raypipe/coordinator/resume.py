@@ -21,10 +21,14 @@ from raypipe.errors import RunError
 
 @dataclass(frozen=True, slots=True)
 class Return:
-    """What is to be done first, and the versions that could not be had again, newest first."""
+    """What is to be done first, and the versions that could not be had again, newest first.
+
+    `damage`: what of the diary is left out, in words.
+    """
 
     actions: list[do.Action]
     withdrawn: list[int]
+    damage: str
 
 
 def bring_back(
@@ -67,4 +71,5 @@ def bring_back(
     counted = remembered.owed is not None
     lost = [a for a in decided if isinstance(a, do.Record) and counted and a.number > told]
     lost = [a for a in lost if a.kind != "evaluated" or a.body["version"] <= machine.version]  # not of those withdrawn
-    return Return([*lost, *keeps, *machine.handle(ev.Resumed(epoch, grace_s, at))], withdrawn)
+    actions = [*lost, *keeps, *machine.handle(ev.Resumed(epoch, grace_s, at))]
+    return Return(actions, withdrawn, remembered.damage)
