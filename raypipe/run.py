@@ -74,7 +74,9 @@ def _class_problems(config: RunConfig) -> list[str]:
 HARMLESS = (
     "stop.",
     "track.",
-    "evaluate.",
+    "evaluate.every",
+    "evaluate.test",
+    "evaluate.alone",
     "ledger.roster",
     "pacing.join_s",
     "pacing.hung_s",
