@@ -5,7 +5,8 @@
     versions/          weights, safetensors; read by hand, hashed again
     STORE/state/RUN/   what each store was told of its tickets, and the epoch that it has heard of
     mlflow.db          the embedded tracking store, or a server's
-    a ledger           where there is one, `raypipe ledger verify` is asked, as a command
+    ledger.jsonl       the same versions of the same tickets, one chain (chaos_ledger.py); signatures: as a command
+    STORE/heads/       the heads that each store was shown: all on this chain
 
 python jobs/chaos_reader.py RUN_FOLDER [--stores FOLDER] [--mlflow FILE] [--calm RUN_FOLDER]: a line a fault, then the
 verdict; exit code 1 if there is a fault.
@@ -27,6 +28,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from blake3 import blake3
+from chaos_ledger import FILE, check
 
 Body: TypeAlias = dict[str, Any]
 
@@ -43,6 +45,7 @@ class Run:
     layout: Body = field(default_factory=dict)
     finished: Body | None = None
     epoch: int = 0
+    has_ledger: bool = False
     publications: set[tuple[int, tuple[str, ...]]] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
 
@@ -70,6 +73,7 @@ def journal(folder: Path) -> Run:
                     run.faults.append(f"journal: epoch {body['epoch']} began after epoch {run.epoch}")
                 run.epoch, run.layout, run.finished = body["epoch"], body.get("layout", {}), None
                 run.name = body.get("run", run.name)
+                run.has_ledger = bool(body.get("config", {}).get("ledger", {}).get("keep"))
             case "version_published":
                 run.faults += _published(run, body)
                 run.versions[body["version"]] = body
@@ -122,7 +126,7 @@ def diary(folder: Path, run: Run) -> Iterator[str]:
     """What was decided: a fact in the record was decided before; a ticket is settled in one way."""
     decided: set[tuple[int, tuple[str, ...]]] = set()
     settled: dict[str, int | None] = {}
-    asked: Counter[str] = Counter()
+    asked: set[str] = set()
     files = sorted((folder / "diary").glob("*.jsonl"))
     for file in files:
         lines = file.read_bytes().split(b"\n")[1:-1]  # the checkpoint; what was cut
@@ -136,7 +140,7 @@ def diary(folder: Path, run: Run) -> Iterator[str]:
                 if action["do"] == "Publish":
                     decided.add((action["version"], tuple(c["ticket"] for c in action["contributions"])))
                 elif action["do"] == "Train":
-                    asked[action["ticket"]] += 1
+                    asked.add(action["ticket"])
                 elif action["do"] == "Settle" and action["version"] is not None:
                     before = settled.setdefault(action["ticket"], action["version"])
                     if before != action["version"] and action["ticket"] not in _lost(run):
@@ -147,6 +151,9 @@ def diary(folder: Path, run: Run) -> Iterator[str]:
         if number:
             yield f"version {number} of {', '.join(names)} is in the journal, and was never decided"
     there, lost = run.tickets(), _lost(run)
+    for ticket in sorted(there):
+        if ticket not in asked:
+            yield f"diary: ticket {ticket} is in version {there[ticket]} and was never asked for"
     for ticket, version in settled.items():
         if there.get(ticket) != version and version not in lost.get(ticket, []):
             yield f"diary: ticket {ticket} is settled as part of version {version}; by the journal: {there.get(ticket)}"
@@ -265,13 +272,17 @@ def accuracy(run: Run, calm: Run) -> Iterator[str]:
         yield f"accuracy: {ours:.3f} at best; the calm run came to {theirs:.3f}, and noise is {noise:.3f}"
 
 
-def ledger(folder: Path) -> Iterator[str]:
-    """Asked as a command, where there is one."""
-    if (folder / "ledger").is_dir() or list(folder.glob("ledger*.jsonl")):
-        command = [sys.executable, "-m", "raypipe", "ledger", "verify", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        if done.returncode:
-            yield f"ledger: {((done.stdout + done.stderr).strip().splitlines() or ['it does not hold'])[-1]}"
+def ledger(folder: Path, run: Run, stores_home: Path | None) -> Iterator[str]:
+    """By hand, and asked as a command, which also looks at the signatures."""
+    if not (folder / FILE).is_file():
+        if run.has_ledger:
+            yield "ledger: there is none, and the run keeps one"
+        return
+    yield from check(folder, run.name, run.versions, stores_home)
+    command = [sys.executable, "-m", "raypipe", "ledger", "verify", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        yield f"ledger: {((done.stdout + done.stderr).strip().splitlines() or ['it does not hold'])[-1]}"
 
 
 def read_run(
@@ -279,7 +290,7 @@ def read_run(
 ) -> list[str]:
     """Every fault of a run, a line each."""
     run = journal(folder)
-    faults = [*run.faults, *diary(folder, run), *versions(folder, run), *ledger(folder)]
+    faults = [*run.faults, *diary(folder, run), *versions(folder, run), *ledger(folder, run, stores_home)]
     faults += stores(stores_home, run) if stores_home is not None else ()
     faults += mlflow(tracked, run) if tracked is not None else ()
     return faults + list(accuracy(run, journal(calm)) if calm is not None else ())

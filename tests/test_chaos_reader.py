@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "jobs"))
 
+from chaos_ledger import Chain, canonical
 from chaos_reader import read_run
 from test_resume import make
 from test_shell import NAMES, SitePort, config, run
@@ -85,6 +87,33 @@ class Good:
         assert change(text) != text
         file.write_text(change(text))
 
+    def ledger(self, change: Callable[[str], str]) -> None:
+        file = self.folder / "ledger.jsonl"
+        text = file.read_text()
+        assert change(text) != text
+        file.write_text(change(text))
+
+    def cut_ledger(self, version: int) -> None:
+        """Back to the head that is before a version's updates, as whoever holds the file can."""
+        lines = (self.folder / "ledger.jsonl").read_text().splitlines(keepends=True)
+        at = next(n for n, line in enumerate(lines) if '"kind":"update"' in line and f'"version":{version}' in line)
+        last = max(n for n, line in enumerate(lines[:at]) if line.startswith('{"head"'))
+        (self.folder / "ledger.jsonl").write_text("".join(lines[: last + 1]))
+
+    def rewrite(self, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+        """The whole chain anew, right by itself: with one head at its end, as a forger would have it."""
+        lines = [json.loads(line) for line in (self.folder / "ledger.jsonl").read_text().splitlines()]
+        entries = change([line["entry"] for line in lines if "entry" in line])
+        head, chain, prev, made = [line["head"] for line in lines if "head" in line][-1], Chain(), "0" * 64, []
+        for place, entry in enumerate(entries):
+            entry |= {"index": place, "prev": prev}
+            found = sha256(canonical(entry))
+            chain.add(found.digest())
+            prev = found.hexdigest()
+            made.append({"entry": entry, "hash": prev})
+        made.append({"head": head | {"size": chain.size, "root": chain.root()}})
+        (self.folder / "ledger.jsonl").write_bytes(b"".join(canonical(line) + b"\n" for line in made))
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -111,6 +140,22 @@ def test_a_good_run_has_no_faults(good: Good) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1].endswith(" faults")
+
+
+def without_version_2(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [e for e in entries if not (e["kind"] in ("update", "version", "kept") and e["body"]["version"] == 2)]
+
+
+def another_digest(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    (entry,) = [e for e in entries if e["kind"] == "version" and e["body"]["version"] == 2]
+    entry["body"]["digest"] = "b3:0"
+    return entries
+
+
+def another_ticket(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    entry = next(e for e in entries if e["kind"] == "update" and e["body"]["version"] == 3)
+    entry["body"]["ticket"] = "9.1-9.a"
+    return entries
 
 
 def first(**changes: Any) -> Callable[[dict[str, Any]], object]:
@@ -151,6 +196,7 @@ DAMAGES: dict[str, Callable[[Good], object]] = {
     "was never decided": lambda g: g.diary(
         lambda t: t.replace('"do":"Publish","version":3', '"do":"Other","version":3')
     ),
+    "and was never asked for": lambda g: g.diary(never_asked),
     "is settled in 1 and in 2": lambda g: g.diary(settled_again),
     "of 000001.jsonl is damaged": lambda g: g.diary(lambda t: t.replace('"decided":[', '"decided":[,', 1)),
     "keeps no note of this run": lambda g: shutil.rmtree(g.top / "stores" / "b" / "state" / "run"),
@@ -164,8 +210,21 @@ DAMAGES: dict[str, Callable[[Good], object]] = {
     "mlflow: version 2 took 1000 steps": lambda g: g.tracked(
         "update metrics set value = 1000 where step = 2 and key = 'fed/steps'"
     ),
+    "ledger: version 4 is in the journal and not in the ledger": lambda g: g.cut_ledger(4),
+    "; the ledger has ": lambda g: g.cut_ledger(2),
+    "ledger: version 2 is in the journal and not in the ledger": lambda g: g.rewrite(without_version_2),
+    "entries that is not on the chain": lambda g: g.rewrite(without_version_2),
+    "ledger: version 2 has digest b3:0;": lambda g: g.rewrite(another_digest),
+    "ledger: version 3 is of 9.1-9.a": lambda g: g.rewrite(another_ticket),
+    "does not have its hash": lambda g: g.ledger(lambda t: t.replace('"staleness":0', '"staleness":1', 1)),
+    "ledger: there is none": lambda g: (g.folder / "ledger.jsonl").unlink(),
     "mlflow: 0 runs bear the name": lambda g: g.tracked("delete from tags where key = 'fed.run_key'"),
 }
+
+
+def never_asked(text: str) -> str:
+    """One of those that are in a version."""
+    return re.sub(r'("do":"Train","ticket":")1\.[^"]*\.a"', r'\g<1>1.1-99.a"', text)
 
 
 def settled_again(text: str) -> str:

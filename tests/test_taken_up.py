@@ -173,7 +173,13 @@ def test_a_change_that_does_no_harm_is_shown_and_taken_only_when_it_is_accepted(
 
 def test_what_would_be_recorded_and_not_done_is_refused_whatever_is_accepted(written: Path) -> None:
     """The machine goes on judging by the metric and the store that the run began with."""
-    changes = ["stop.max_versions=3", "train.lr=0.5", "evaluate.metric=loss", "evaluate.central=centre", "evaluate.every=2"]
+    changes = [
+        "stop.max_versions=3",
+        "train.lr=0.5",
+        "evaluate.metric=loss",
+        "evaluate.central=centre",
+        "evaluate.every=2",
+    ]
     with pytest.raises(ConfigError) as no:
         load_resumed("run", written, changes, accept=True)
     assert [line.partition(":")[0] for line in no.value.problems] == ["evaluate.central", "evaluate.metric", "train.lr"]
