@@ -32,7 +32,8 @@ HEALTH = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "healt
 class Place:
     """The cluster, its files and its supervisor. Everything that it starts ends with `close`."""
 
-    def __init__(self, stores: int) -> None:
+    def __init__(self, stores: int, seed: int) -> None:
+        self.seed = seed
         self.folder = Path(tempfile.mkdtemp(prefix="rp", dir="/tmp"))
         self.names = [f"shop-{i}" for i in range(1, stores + 1)]
         self.home, self.stores = self.folder / "home", self.folder / "stores"
@@ -66,6 +67,7 @@ class Place:
             "RAYPIPE_HOME": str(self.home),
             "RAYPIPE_STORES": str(self.stores),
             "CHAOS_FOLDER": str(self.folder),
+            "CHAOS_SEED": str(self.seed),
             "PYTHONPATH": f"{ROOT}:{ROOT / 'jobs'}",
             "RAY_AUTH_MODE": "disabled",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",

@@ -27,6 +27,7 @@ from raypipe.store import messages as msg
 from raypipe.store.actor import StoreClient
 
 FOLDER = "CHAOS_FOLDER"  # of the environment: where it is said what was done, and where the clock's jump is read
+SEED = "CHAOS_SEED"  # of the environment: with the store and the epoch it gives the noise
 SHARE = 0.06  # of messages that go wrong in each way
 done: Counter[str] = Counter()
 
@@ -36,7 +37,7 @@ class NoisyClient(StoreClient):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._chance = random.Random(os.getpid())
+        self._chance = random.Random(f"noise/{os.environ[SEED]}/{self.store.id}/{self._epoch}")
         self._before: deque[msg.Verdict] = deque(maxlen=20)
         self._folder = Path(os.environ[FOLDER])
 

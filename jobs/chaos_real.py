@@ -1,8 +1,9 @@
 """A real federation while everything is killed: by a seeded schedule, with a supervisor and no person.
 
 What is done, and how often of a hundred, is in PLAN. The next blow falls when the run has moved since the last one, or
-has not for a while; a run that does not move at all is a violation. At the end the separate reader has the last word
-(chaos_reader.py), beside what the coordinator's noisy network found (chaos_port.py).
+has not for a while; a run that does not move at all is a violation, and so are too few kills and a coordinator that
+takes too long to give out its next ticket. At the end the separate reader has the last word (chaos_reader.py), beside
+what the coordinator's noisy network found (chaos_port.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import signal
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -52,17 +54,45 @@ QUICK = (
 STUCK_S = 300.0  # without a version
 PATIENCE_S = 25.0  # after which the next blow falls although the last one is not over
 CALM = 40  # versions of the calm run, at most
+WAIT_S = 10.0  # from a coordinator's death to the next ticket, at most, where nothing else has struck meanwhile
+QUICK_WAIT_S = 30.0  # the same in the quick run, which is for machines of any speed
+QUICK_KILLS = 6  # of its nine: on a slow machine its time is up before the last
+DISTURBING = ("coordinator", "command", "head", "everything", "disk")  # blows that make that wait longer
 
 
-def schedule(seed: int, kills: int, *, quick: bool) -> list[str]:
-    """What is done, in order; so many of them are kills. The quick one has every kind that is quickly over."""
+def schedule(seed: int, kills: int, *, quick: bool, fills: bool) -> list[str]:
+    """What is done, in order; so many of them are kills. The quick one has every kind that is quickly over.
+
+    `fills`: the disk can be filled.
+    """
     if quick:
-        return list(QUICK)
+        return [what for what in QUICK if fills or what != "disk full"]
     chance = random.Random(f"plan/{seed}")
     plan: list[str] = []
     while sum(what.endswith("*") for what in plan) < kills:
         plan += chance.choices(list(PLAN), list(PLAN.values()))
-    return plan
+    return [what for what in plan if fills or what != "disk full"]
+
+
+def kills_of(done: Mapping[str, int]) -> int:
+    """How many of the blows were kills."""
+    return sum(count for what, count in done.items() if what.endswith("*"))
+
+
+def figures(done: Mapping[str, int], waits: Sequence[float], *, kills: int, wait_s: float) -> list[str]:
+    """What a run must have come to, where it did not."""
+    found = kills_of(done)
+    few = [f"{found} kills; there should be {kills}"] if found < kills else []
+    return few + [f"a coordinator took {w:.1f} s to its next ticket; at most {wait_s:.0f}" for w in waits if w > wait_s]
+
+
+@dataclass
+class Wait:
+    """For a killed coordinator's next ticket: since when, the newest diary then, whether something else has struck."""
+
+    since: float
+    diary: int
+    disturbed: bool
 
 
 class Chaos:
@@ -74,7 +104,8 @@ class Chaos:
         self.missed: Counter[str] = Counter()
         self.later: list[tuple[float, Callable[[], None]]] = []
         self.waits: list[float] = []  # seconds from the coordinator's death to the next ticket
-        self._killed: tuple[float, int] | None = None
+        self.disturbed: list[float] = []  # the same, where something else struck meanwhile
+        self._waiting: Wait | None = None
 
     def go(self, plan: list[str], until_s: float) -> str:
         """Deal out the blows; then wait for a few versions more. What is wrong, in one line, or nothing."""
@@ -98,18 +129,28 @@ class Chaos:
             if left and ready and now - struck > pause:
                 what = left.pop(0)
                 print(f"  {time.strftime('%H:%M:%S')} version {newest}: {what}", flush=True)
-                hit = self.strike(what)
+                hit = self.blow(what, time.monotonic())
                 (self.done if hit else self.missed)[what] += 1
                 left += [] if hit else [what]  # once more, at the end
                 struck, pause = time.monotonic(), self.chance.uniform(0.2, 2.5)
         return ""
+
+    def blow(self, what: str, now: float) -> bool:
+        """False where the victim is not there just now; a coordinator that was hit is waited for from now on."""
+        diary, busy = self._diary(), bool(self.later)
+        if not self.strike(what):
+            return False
+        if self._waiting is not None:
+            self._waiting.disturbed |= what.startswith(DISTURBING)
+        elif what == "coordinator killed*":
+            self._waiting = Wait(now, diary, disturbed=busy)
+        return True
 
     def strike(self, what: str) -> bool:
         """False where the victim is not there just now."""
         place, store = self.place, self.chance.choice(self.place.names)
         match what:
             case "coordinator killed*":
-                self._killed = (time.monotonic(), self._diaries())
                 return self._signal(place.workers("Coordinator", place.raylet()), signal.SIGKILL)
             case "coordinator frozen":
                 return self._freeze(place.workers("Coordinator", place.raylet()), self.chance.uniform(1, 4))
@@ -182,8 +223,6 @@ class Chaos:
         return True
 
     def _fill(self, seconds: float) -> bool:
-        if not self.place.quota:
-            return False
         file = self.place.home / "rubbish"
         try:
             with file.open("wb", buffering=0) as rubbish:
@@ -201,17 +240,24 @@ class Chaos:
 
     # -- how long it takes --------------------------------------------------------------------------------------------
 
-    def _diaries(self) -> int:
-        return len(list((self.place.home / "runs").glob(f"{self.config.stem}-*/diary/*.jsonl")))
+    def _diary(self) -> int:
+        """The number of its newest file; old ones are removed."""
+        files = (self.place.home / "runs").glob(f"{self.config.stem}-*/diary/*.jsonl")
+        return max((int(file.stem) for file in files), default=0)
 
     def _watch_diary(self, now: float) -> None:
         """A coordinator that is back begins a file of its diary; its first ticket is a line in it."""
-        if self._killed is None or self._diaries() <= self._killed[1]:
+        if self._waiting is None or self._diary() <= self._waiting.diary:
             return
         newest = max((self.place.home / "runs").glob(f"{self.config.stem}-*/diary/*.jsonl"))
         if b'"do":"Train"' in newest.read_bytes():
-            self.waits.append(now - self._killed[0])
-            self._killed = None
+            self.waited(now)
+
+    def waited(self, now: float) -> None:
+        """The next ticket is there, or the end is."""
+        if self._waiting is not None:
+            (self.disturbed if self._waiting.disturbed else self.waits).append(now - self._waiting.since)
+            self._waiting = None
 
 
 def _process(number: int) -> psutil.Process | None:
@@ -224,11 +270,13 @@ def _process(number: int) -> psutil.Process | None:
 def report(seed: int, *, kills: int, quick: bool) -> bool:
     """The whole of it; whether all is well."""
     began = time.monotonic()
-    plan = schedule(seed, kills, quick=quick)
-    place = Place(3 if quick else 5)
+    place = Place(3 if quick else 5, seed)
+    plan = schedule(seed, kills, quick=quick, fills=place.quota)
+    if not place.quota:
+        print("skipped: disk full (a small file system can be made by root only)")
     faults: list[str] = []
     try:
-        faults = _play(seed, plan, place, within_s=150 if quick else 2600, quick=quick)
+        faults = _play(seed, plan, place, kills=QUICK_KILLS if quick else kills, quick=quick)
     finally:
         place.close(keep=bool(faults))
         if faults:
@@ -239,17 +287,19 @@ def report(seed: int, *, kills: int, quick: bool) -> bool:
     return not faults
 
 
-def _play(seed: int, plan: list[str], place: Place, *, within_s: float, quick: bool) -> list[str]:
+def _play(seed: int, plan: list[str], place: Place, *, kills: int, quick: bool) -> list[str]:
     place.make_data()
     place.start_server()
     place.start_cluster()
     pace = "paced" if quick or seed % 2 == 0 else "fedbuff"
     config = place.write_config("chaos", pace=pace, versions=100_000)
     chaos = Chaos(seed, place, config)
-    trouble = chaos.go(plan, time.monotonic() + within_s)
+    trouble = chaos.go(plan, time.monotonic() + (150 if quick else 2600))
+    chaos.waited(time.monotonic())
     for _, undo in chaos.later:
         undo()
     faults = [trouble] if trouble else _end(place)
+    faults += figures(chaos.done, chaos.waits, kills=kills, wait_s=QUICK_WAIT_S if quick else WAIT_S)
     _say(chaos, place)
     folder = place.home / "runs" / place.run
     if not trouble:
@@ -281,14 +331,13 @@ def _end(place: Place) -> list[str]:
 
 
 def _say(chaos: Chaos, place: Place) -> None:
-    kills = sum(count for what, count in chaos.done.items() if what.endswith("*"))
-    print(f"{sum(chaos.done.values())} blows, {kills} kills, {chaos.newest()} versions, {place.started} commands:")
+    print(
+        f"{sum(chaos.done.values())} blows, {kills_of(chaos.done)} kills, {chaos.newest()} versions, {place.started} commands:"
+    )
     for what, count in sorted(chaos.done.items()):
         print(f"  {count:4} {what}")
     if chaos.missed:
         print(f"  no victim just then: {dict(chaos.missed)}")
-    if not place.quota:
-        print("  skipped: disk full (a small file system can be made by root only)")
     noise: Counter[str] = Counter()
     for file in place.folder.glob("noise-*"):
         for line in file.read_text().splitlines():
@@ -298,3 +347,7 @@ def _say(chaos: Chaos, place: Place) -> None:
     if chaos.waits:
         longest = max(chaos.waits)
         print(f"  coordinator killed to next ticket: median {median(chaos.waits):.1f} s, longest {longest:.1f} s")
+    if chaos.disturbed:
+        print(
+            f"  the same where more struck meanwhile, {len(chaos.disturbed)} times: {max(chaos.disturbed):.1f} s at most"
+        )

@@ -8,12 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT
 from hypothesis import given, settings
@@ -35,6 +37,7 @@ from chaos_disk import DEATHS
 from chaos_pairs import IMPOSSIBLE
 from chaos_planted import look, plant
 from chaos_pure import History, blocks, play
+from chaos_real import QUICK, Chaos, figures, kills_of, schedule
 
 
 def test_a_federation_that_dies_at_every_write_and_others_that_die_anywhere_lose_nothing() -> None:
@@ -187,6 +190,65 @@ def test_a_planted_bug_is_found(name: str) -> None:
     found = look(bug)
     assert found.found
     assert "seed 100" in found.said
+
+
+class Somewhere:
+    """A place of chaos that is one process and a folder."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.names = home, ["shop-1"]
+        self.victims: list[psutil.Process] = []
+
+    def workers(self, what: str, raylet: object) -> list[psutil.Process]:
+        return self.victims
+
+    def raylet(self, store: str | None = None) -> None:
+        return None
+
+
+def test_a_coordinators_long_wait_is_neither_lost_nor_blamed_on_it_when_more_struck(tmp_path: Path) -> None:
+    place, diary = Somewhere(tmp_path), tmp_path / "runs" / "chaos-1" / "diary"
+    diary.mkdir(parents=True)
+    chaos: Any = Chaos(0, place, tmp_path / "chaos.yaml")  # type: ignore[arg-type]
+
+    def begin(number: int) -> None:
+        (diary / f"{number:06d}.jsonl").write_text('{"decided":[{"do":"Train"}]}\n')
+
+    def kill(now: float, what: str = "coordinator killed*") -> bool:
+        with subprocess.Popen(["sleep", "100"]) as victim:
+            place.victims = [psutil.Process(victim.pid)]
+            return bool(chaos.blow(what, now))
+
+    begin(700)  # more than are kept
+    assert not chaos.blow("coordinator killed*", 0.0), "nobody was hit"
+    chaos._watch_diary(50.0)
+    assert kill(100.0)
+    assert kill(107.0, "store killed*")
+    chaos._watch_diary(109.0)
+    begin(701)
+    chaos._watch_diary(112.0)
+    assert chaos.waits == [12.0]
+    assert kill(200.0)
+    assert kill(204.0), "the second one does not begin the wait anew"
+    begin(702)
+    chaos._watch_diary(220.0)
+    assert (chaos.waits, chaos.disturbed) == ([12.0], [20.0])
+    assert kill(300.0)
+    chaos.waited(330.0)  # the end
+    assert chaos.waits == [12.0, 30.0]
+    assert figures({"store killed*": 3, "disk full": 9}, chaos.waits, kills=4, wait_s=15.0) == [
+        "3 kills; there should be 4",
+        "a coordinator took 30.0 s to its next ticket; at most 15",
+    ]
+    assert figures({"store killed*": 4}, [9.9], kills=4, wait_s=10.0) == []
+
+
+def test_where_no_disk_can_be_filled_it_is_left_out_and_all_kills_stay() -> None:
+    for quick in (True, False):
+        plans = [schedule(3, 40, quick=quick, fills=fills) for fills in (True, False)]
+        assert [what for what in plans[0] if what != "disk full"] == plans[1] != plans[0]
+    assert kills_of(Counter(plans[1])) == 40
+    assert kills_of(Counter(QUICK)) == 9, "as --help says"
 
 
 @pytest.mark.cluster
