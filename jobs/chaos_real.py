@@ -331,9 +331,8 @@ def _end(place: Place) -> list[str]:
 
 
 def _say(chaos: Chaos, place: Place) -> None:
-    print(
-        f"{sum(chaos.done.values())} blows, {kills_of(chaos.done)} kills, {chaos.newest()} versions, {place.started} commands:"
-    )
+    kills = kills_of(chaos.done)
+    print(f"{sum(chaos.done.values())} blows, {kills} kills, {chaos.newest()} versions, {place.started} commands:")
     for what, count in sorted(chaos.done.items()):
         print(f"  {count:4} {what}")
     if chaos.missed:
@@ -348,6 +347,5 @@ def _say(chaos: Chaos, place: Place) -> None:
         longest = max(chaos.waits)
         print(f"  coordinator killed to next ticket: median {median(chaos.waits):.1f} s, longest {longest:.1f} s")
     if chaos.disturbed:
-        print(
-            f"  the same where more struck meanwhile, {len(chaos.disturbed)} times: {max(chaos.disturbed):.1f} s at most"
-        )
+        times, longest = len(chaos.disturbed), max(chaos.disturbed)
+        print(f"  the same where more struck meanwhile, {times} times: longest {longest:.1f} s")
