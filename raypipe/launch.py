@@ -217,23 +217,31 @@ def _see_out(working: dict[Any, tuple[str, Any]], say: Callable[[str], None]) ->
     """Wait for the end of each; those whose coordinator was lost."""
     import ray
 
-    from raypipe.comeback import unfinished
-
     lost: list[str] = []
     while working:
         done, _ = ray.wait(list(working))
         run, _ = working.pop(done[0])
-        try:
-            summary = ray.get(done[0])
-            say(f"{run}: {summary['versions']} versions, ended: {summary['reason']}")
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            say(f"{run}: {cause.message if isinstance(cause, RaypipeError) else type(cause).__name__}")
-            lost += [run] if run in unfinished() else []  # by its record it is not over: a full disk, say
-        except ray.exceptions.RayError as error:
-            say(f"{run}: its coordinator was lost ({type(error).__name__})")
-            lost.append(run)
+        line, is_over = _ended(run, partial(ray.get, done[0]))
+        say(f"{run}: {line}")
+        lost += [] if is_over else [run]
     return lost
+
+
+def _ended(run: str, summary: Callable[[], dict[str, Any]]) -> tuple[str, bool]:
+    """How a run ended, in words, and whether for good: what failed on a full disk, say, is to be tried again."""
+    import ray
+
+    from raypipe.comeback import unfinished
+
+    try:
+        found = summary()
+        return f"{found['versions']} versions, ended: {found['reason']}", True
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        line = cause.message if isinstance(cause, RaypipeError) else type(cause).__name__
+        return line, isinstance(cause, ConfigError) or run not in unfinished()
+    except ray.exceptions.RayError as error:
+        return f"its coordinator was lost ({type(error).__name__})", False
 
 
 def _watch(config: RunConfig, run: str, home: str | None, screen: Screen, *, again: bool) -> dict[str, Any]:

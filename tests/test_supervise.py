@@ -15,10 +15,12 @@ from typing import Any
 import psutil
 import pytest
 from conftest import ROOT
+from ray.exceptions import RayTaskError
 
 from raypipe.comeback import unfinished
 from raypipe.config.schema import RunConfig
-from raypipe.errors import ConfigError, RunError
+from raypipe.errors import ConfigError, RaypipeError, RunError
+from raypipe.launch import _ended
 from raypipe.placement.plan import store_options
 from raypipe.tracking.journal import Journal
 
@@ -250,3 +252,25 @@ def test_only_runs_of_a_cluster_that_are_not_over_are_taken_up(tmp_path: Path) -
     assert isinstance(found["strange"], ConfigError)
     assert "is not one of this raypipe: 1 mistake" in found["strange"].message
     assert isinstance(found["torn"], RunError)
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_run_that_could_not_go_on_for_now_is_tried_again(
+    over: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYPIPE_HOME", str(tmp_path))
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    journal = Journal(tmp_path / "runs" / "x" / "journal.sqlite", write=True)
+    config = {"name": "x", "stores": [{"id": "a"}], "stop": {"max_versions": 1}}
+    journal.append("run_started", {"config": config, "cluster": True}, 0.0)
+    if over:
+        journal.append("run_finished", {"reason": "failed"}, 0.0)
+    journal.close()
+
+    def failed(cause: RaypipeError) -> dict[str, Any]:
+        raise RayTaskError("work", "traceback", cause)
+
+    full = "the diary could not be written: No space left on device"
+    assert _ended("x", lambda: failed(RunError(full))) == (full, over)
+    assert _ended("x", lambda: failed(ConfigError("wrong"))) == ("wrong", True)
+    assert _ended("x", lambda: {"versions": 3, "reason": "3 versions"}) == ("3 versions, ended: 3 versions", True)
