@@ -197,7 +197,11 @@ def test_a_coordinator_that_is_over_adds_nothing(tmp_path: Path) -> None:
         with pytest.raises(StoreSuperseded, match="another coordinator has taken this run over"):
             write()
     assert (said(tmp_path / FILE), sorted(tmp_path.rglob("*.part"))) == there
+    list(late.past())
     second.record("version_published", {"version": 2, "contributions": []})
+    with pytest.raises(StoreSuperseded):
+        late.record("run_started", {"epoch": 3})  # it does not know of version 2
+    list(late.past())
     late.record("run_started", {"epoch": 3})
     assert [kind for _, kind, _ in said(tmp_path / FILE)][2:] == ["run_started", "version_published", "run_started"]
 

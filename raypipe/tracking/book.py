@@ -52,12 +52,13 @@ class RunBook:
         self.damage = self._journal.damage  # what of the record is left out; empty: nothing
         self._last, self._every, self._wall = keep_last, keep_every, wall
         self._started: RunStarted | None = None
+        self._read: int | None = None  # the newest record by `past`: who begins must know all that is there
         self._kept: dict[int, Mapping[str, Any]] = {}  # version -> its newest `weights_kept`
         self._folded: dict[str, int] = {}
 
     def record(self, kind: str, body: Mapping[str, Any]) -> None:
         """Durable when it returns. Raises RunError, StoreSuperseded: a later coordinator has begun."""
-        self._journal.append(cast(Kind, kind), body, self._wall())
+        self._journal.append(cast(Kind, kind), body, self._wall(), self._read if kind == "run_started" else None)
         self._remember(kind, body)
 
     def _remember(self, kind: str, body: Mapping[str, Any]) -> None:
@@ -132,6 +133,7 @@ class RunBook:
     def past(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """What was recorded so far."""
         for record in self._journal.read():
+            self._read = record.seq
             yield record.kind, record.body
             self._remember(record.kind, record.body)
 

@@ -30,7 +30,8 @@ PAGE = 256  # records fetched at once
 NEWEST = "select max(seq) from record where kind = 'run_started'"
 ADD = f"""insert into record(at, kind, body) select ?1, ?2, ?3 where ?4 is null or ?4 = ({NEWEST})"""
 BEGIN = f"""insert into record(at, kind, body) select ?1, ?2, ?3 where ?4 is null or
-            ?4 > coalesce((select json_extract(body, '$.epoch') from record where seq = ({NEWEST})), 0)"""
+            ?4 > coalesce((select json_extract(body, '$.epoch') from record where seq = ({NEWEST})), 0)
+            and (?5 is null or ?5 = (select max(seq) from record))"""
 CUT = "the journal was cut inside a write: its last record is not whole, nobody acted on it, it is left out"
 
 OTHERS = "another coordinator has taken this run over"
@@ -123,18 +124,18 @@ class Journal:
                 raise error
         self.damage = f"the journal {self.path.name} is damaged: what came after record {last} is left out"
 
-    def append(self, kind: Kind, body: Mapping[str, object], at: float) -> int:
-        """The record's number; it is on the disk.
+    def append(self, kind: Kind, body: Mapping[str, object], at: float, after: int | None = None) -> int:
+        """The record's number; it is on the disk. `after`: of a `run_started`, the newest record that it knows of.
 
         Raises RunError (disk full, no such kind), StoreSuperseded (a later coordinator has begun): nothing was written.
         """
         if kind not in KINDS:
             raise RunError(f"the journal knows no record of kind {kind!r}")
         text, begins = json.dumps(body, separators=(",", ":")), kind == "run_started"
-        owner = body.get("epoch") if begins else self._begun
+        owner = (body.get("epoch"), after) if begins else (self._begun,)
         try:
             with self._lock:
-                cursor = self._db.execute(BEGIN if begins else ADD, (at, kind, text, owner))
+                cursor = self._db.execute(BEGIN if begins else ADD, (at, kind, text, *owner))
         except sqlite3.Error as error:
             raise RunError(f"the journal {self.path.name} could not be written: {error}") from None
         if not cursor.rowcount:
