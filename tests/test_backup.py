@@ -25,6 +25,7 @@ from raypipe.tracking.lineage import read_history
 TRACK = {"mlflow": False, "keep_last": 3, "keep_every": 5}
 KINDS: Any = ["version_published", "version_withdrawn"]
 TRAIN = {"local_steps": 4, "batch_size": 16}
+VARIED = {**TRAIN, "control_variates": True}
 
 
 def command(home: Path, *arguments: str) -> int:
@@ -87,7 +88,7 @@ def test_a_run_is_saved_while_it_goes_on_and_goes_on_from_there(tmp_path: Path) 
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("ended")
     make(home / "stores")
-    said = config(train=TRAIN, stop={"max_versions": 4}, track=TRACK, server={"name": "momentum"})
+    said = config(train=VARIED, stop={"max_versions": 4}, track=TRACK, server={"name": "momentum"})
     run(said, home, {n: SitePort(home / "stores" / n) for n in NAMES})
     return home
 
@@ -203,7 +204,7 @@ def test_a_run_whose_newest_weights_are_damaged_goes_on_from_the_version_before_
 ) -> None:
     shutil.copytree(ended, home := tmp_path / "copy")
     damage(home / "runs" / "run", 4)
-    said = config(train=TRAIN, stop={"max_versions": 4}, track=TRACK, server={"name": "momentum"})
+    said = config(train=VARIED, stop={"max_versions": 4}, track=TRACK, server={"name": "momentum"})
     made = run(said, home, {n: SitePort(home / "stores" / n, fresh=False) for n in NAMES})
     assert "version 4 is withdrawn and will be made again: its weights were lost" in made.board.lines
     assert made.machine.version == 4

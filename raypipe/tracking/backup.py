@@ -2,7 +2,8 @@
 
     journal    the record, by SQLite's own backup: one moment of it
     diary      copied after the journal, so that it is not behind the record, and cut where it is ahead of it
-    versions   kept weights, the newest version's (also when they have no final name yet) and the transform's state
+    versions   kept weights, the newest version's (also when they have no final name yet), the transform's state,
+               control variates
     the rest   the ledger and its like, copied before the journal: they follow it
 
 Not in it: what the stores keep (data, outboxes, optimizer state: it is theirs), keys and roster of the home (they are
@@ -40,6 +41,7 @@ from raypipe.ledger import roster
 from raypipe.security.files import sync_folder
 from raypipe.tracking.journal import FILE, Journal
 from raypipe.tracking.lineage import History
+from raypipe.tracking.variates import VariateStore
 from raypipe.tracking.versions import FOLDER, STATE, VersionStore, read_state
 from raypipe.types import Layout
 
@@ -156,11 +158,12 @@ def _try(run_dir: Path, copy: Path, stack: ExitStack) -> _Moment:
         history, last = History.of(journal.read()), journal.last()
     if not history.versions:
         raise RunError(f"run {run_dir.name} has no version yet: there is nothing to back up")
-    newest, store = max(history.versions), VersionStore(run_dir / FOLDER)
+    newest, store, variates = max(history.versions), VersionStore(run_dir / FOLDER), VariateStore(run_dir)
     moment = _Moment(newest, False, last)
     names = [f for like in ("v*-*.safetensors", "v*.pin", f"v{newest:05d}.*part") for f in store.folder.glob(like)]
     states = list(run_dir.glob("state-v*.safetensors"))
-    for file in sorted([*names, *states]):
+    tables = [file for file in variates.folder.glob("*") if file.suffix != ".part"]
+    for file in sorted([*names, *states, *tables]):
         try:
             moment.files[str(file.relative_to(run_dir))] = stack.enter_context(file.open("rb"))
         except FileNotFoundError:  # removed or renamed just now
@@ -169,7 +172,7 @@ def _try(run_dir: Path, copy: Path, stack: ExitStack) -> _Moment:
     vector = store.recover(newest, layout, history.versions[newest]["hash"])
     there = any(name.startswith(f"{FOLDER}/v{newest:05d}") for name in moment.files)
     state = not states or (STATE.format(newest) in moment.files and read_state(run_dir, newest) is not None)
-    moment.whole = vector is not None and there and state
+    moment.whole = vector is not None and there and state and (not tables or variates.read(newest) is not None)
     return moment
 
 
