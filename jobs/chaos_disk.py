@@ -52,7 +52,7 @@ class Forced:
 
     def __init__(self) -> None:
         self._real, self._done = os.fsync, set[tuple[int, int]]()
-        os.fsync = self._watched
+        vars(os)["fsync"] = self._watched
 
     def _watched(self, handle: int) -> None:
         self._real(handle)
@@ -65,7 +65,7 @@ class Forced:
                 file.unlink()
 
     def close(self) -> None:
-        os.fsync = self._real
+        vars(os)["fsync"] = self._real
 
 
 def _identity(stat: os.stat_result) -> tuple[int, int]:

@@ -78,8 +78,8 @@ def compose(
     rehearse(stages.at(0), next_stage(said), classes_of(said)[1])
     every = (said.track.keep_every, said.track.log_model_every)
     board, diary, code, plan = Board(said.evaluate.metric), Diary(folder), code_hash(), stages.at(0).plan
-    patiently = partial(when_there_is_room, folder=folder, num_bytes=model.vector.nbytes, say=board.lines.append)
-    book = patiently(partial(RunBook, folder, said.track.keep_last, every, time.time))
+    room: dict[str, Any] = {"folder": folder, "num_bytes": model.vector.nbytes, "say": board.lines.append}
+    book = when_there_is_room(partial(RunBook, folder, said.track.keep_last, every, time.time), **room)
     past = _past(book, board) if there else _Past()
     board.lines += [line for line in (book.damage, past.other_code(code), licence_of(said.model)) if line]
     again = bool(past.versions)  # else it died before its first version, or is new
@@ -128,7 +128,7 @@ def compose(
         shell.record("version_withdrawn", {"version": version, "reason": "its weights were lost"})
     shell.owe(first)
     owed = [action for action in first if isinstance(action, Record)]
-    patiently(partial(diary.checkpoint, machine.memory(), owed))
+    when_there_is_room(partial(diary.checkpoint, machine.memory(), owed), **room)
     begin = partial(shell.resume, past.newest) if again else shell.begin
 
     def read(version: int) -> np.ndarray:
