@@ -227,7 +227,7 @@ def _see_out(working: dict[Any, tuple[str, Any]], say: Callable[[str], None]) ->
     return lost
 
 
-def _ended(run: str, summary: Callable[[], dict[str, Any]]) -> tuple[str, bool]:
+def _ended(run: str, summary: Callable[[], Any]) -> tuple[str, bool]:
     """How a run ended, in words, and whether for good: what failed on a full disk, say, is to be tried again."""
     import ray
 
