@@ -54,7 +54,7 @@ def test_a_run_without_quorum_ends_and_says_so() -> None:
     m = machine(Policy(refill="on_publish", quorum=2, join_s=5.0, max_versions=1))
     m.handle(ev.StoreJoined("s0", 100, 0.0))
     assert m.wake_at() == 5.0
-    reason = "no quorum after 5 s: 1 of 3 stores are there, 2 have to be"
+    reason = "no quorum after 5 s: 1 of 3 stores are there, 2 have to be; missing: s1, s2"
     assert m.handle(ev.Tick(5.0))[-1] == do.Finish(reason, 0, failed=True)
 
 

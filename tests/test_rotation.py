@@ -152,7 +152,7 @@ def test_a_run_of_which_no_store_comes_ends_when_each_had_its_chance() -> None:
     for at in (20.0, 40.0):
         chances += asked(m.handle(ev.Tick(at)))
     assert sorted(chances) == ["s0", "s1", "s2"]
-    reason = "no quorum after 60 s: 0 of 3 stores are there, 1 have to be"
+    reason = "no quorum after 60 s: 0 of 3 stores are there, 1 have to be; missing: s0, s1, s2"
     assert m.handle(ev.Tick(60.0))[-1] == do.Finish(reason, 0, failed=True)
 
 

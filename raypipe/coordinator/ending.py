@@ -10,6 +10,8 @@ from raypipe.coordinator.run import Run
 from raypipe.coordinator.state import Phase
 from raypipe.tasks.metrics import derived
 
+NAMED = 5  # stores in one line
+
 
 def end(run: Run, reason: str, at: float) -> list[do.Action]:
     """Begin to end: nothing is given out any more, what is open is over."""
@@ -31,9 +33,10 @@ def reason_to_end(run: Run, at: float) -> str:
     if run.started_at is None:
         if at < run.created_at + run.patience_s:
             return ""
-        there = sum(m.present and not m.aside for m in run.members.values())
+        missing = [m.id for m in run.members.values() if not m.present or m.aside]
+        there = len(run.members) - len(missing)
         came = f"{there} of {len(run.members)} stores are there, {policy.quorum} have to be"
-        return f"no quorum after {run.patience_s:.0f} s: {came}"
+        return f"no quorum after {run.patience_s:.0f} s: {came}; missing: {_few(missing)}"
     if policy.max_versions is not None and run.version >= policy.max_versions:
         return f"{run.version} versions"
     limit = math.inf if policy.max_seconds is None else run.started_at + policy.max_seconds
@@ -49,6 +52,12 @@ def reason_to_end(run: Run, at: float) -> str:
     if run.empty_since is not None and at >= run.empty_since + run.patience_s:
         return f"no store was left for {run.patience_s:.0f} s"
     return ""
+
+
+def _few(names: list[str]) -> str:
+    """Some of many, and how many more."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def note_emptiness(run: Run, at: float) -> None:
