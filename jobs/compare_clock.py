@@ -182,7 +182,8 @@ class Clockwork:
         if action.budget_s is not None:
             most.append(max(1, int(action.budget_s / step_s)))
         epochs = self.said.train.local_epochs
-        if epochs is None and self.said.train.local_steps is None and self.said.pace != "paced":
+        timed = self.said.pace == "paced" or self.said.pacing.budget_s is not None
+        if epochs is None and self.said.train.local_steps is None and not timed:
             epochs = 1.0
         seed = ticket_seed(self.said.seed, action.store, action.version, action.repeat)
         self.model.load(self.newest)

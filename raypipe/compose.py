@@ -99,7 +99,8 @@ def compose(
     clock = _clock(machine.memory().now)
     notary = _notary(said, place, run, board, demo=home is not None and said.local is not None)
     epochs = said.train.local_epochs
-    if epochs is None and said.train.local_steps is None and said.pace != "paced":
+    timed = said.pace == "paced" or said.pacing.budget_s is not None
+    if epochs is None and said.train.local_steps is None and not timed:
         epochs = 1.0
     shell = Shell(
         run=run,

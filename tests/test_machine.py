@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.diary import Diary
+from raypipe.coordinator.explain import expected_versions, pace_in_words
 from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.policy import FIRST_BUDGET_S, Policy, pace
 from raypipe.coordinator.resume import bring_back
@@ -156,6 +158,36 @@ def test_a_paced_ticket_trains_twice_as_long_as_it_takes_to_fetch_and_hand_over(
 def test_late_work_alone_makes_no_version_while_the_others_are_about_to_start() -> None:
     m = machine(pace("paced", 2, {"budget_s": 2.0, "max_versions": 9}), 2)
     tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+@pytest.mark.parametrize("name", ["wait_for_all", "k_of_n", "fedbuff", "delta_async"])
+def test_a_budget_that_is_said_holds_in_every_pace_and_nobody_is_late_by_it(name: str) -> None:
+    m = machine(pace(name, 2, {"budget_s": 2.0, "buffer_size": 2, "max_versions": 9}), 2)
+    tickets = of(do.Train, join_all(m))
+    assert [t.budget_s for t in tickets] == [2.0, 2.0]
+    deliver(m, tickets[0].ticket, 2.1)
+    assert of(do.Publish, m.handle(ev.Tick(60.0))) == [], "its version waits for the other's update, on a slow link"
+    assert of(do.Publish, deliver(m, tickets[1].ticket, 61.0))
+    assert pace_in_words(m.policy, 2).endswith("; a ticket ends after 2 s of training")
+    assert expected_versions(replace(m.policy, max_versions=None, max_seconds=10.0)) == 10**9, "no clock makes them"
+    m = machine(pace(name, 2, {"max_versions": 9}), 2)
+    assert [t.budget_s for t in of(do.Train, join_all(m))] == [None, None]
+
+
+def test_under_a_deadline_a_store_is_given_what_it_can_do_in_time_by_its_measured_speed() -> None:
+    m = machine(pace("delta_async", 2, {"deadline_s": 10.0, "max_versions": 9}), 2)
+    first = {a.store: a for a in of(do.Train, join_all(m))}
+    assert [(a.budget_s, a.max_steps) for a in first.values()] == [(10.0, None)] * 2, "nothing is known yet"
+    m.handle(ev.Trained(first["s0"].ticket, 50, 1600, 100, seconds=5.0, loss=1.0, at=6.0))
+    m.handle(ev.UpdateArrived(first["s0"].ticket, 400, 7.0))  # 10 steps a second; 2 s for the rest of it
+    m.handle(ev.Folded((first["s0"].ticket,), (), 7.0))
+    (fast,) = of(do.Train, m.handle(ev.Published(1, 7.0)))
+    assert (fast.store, fast.budget_s, fast.max_steps) == ("s0", 7.0, 70), "one and a half times the rest is left"
+    m.handle(ev.Trained(first["s1"].ticket, 2, 64, 100, seconds=4.0, loss=1.0, at=16.0))
+    m.handle(ev.UpdateArrived(first["s1"].ticket, 400, 19.0))  # a step in two seconds; 15 s for the rest
+    m.handle(ev.Folded((first["s1"].ticket,), (), 19.0))
+    (slow,) = of(do.Train, m.handle(ev.Published(2, 19.0)))
+    assert (slow.store, slow.budget_s, slow.max_steps) == ("s1", 2.0, 1), "a fifth of the deadline, and a step at least"
+
+
     deliver(m, tickets["s0"], 2.0)
     m.handle(ev.Tick(3.0))
     m.handle(trained(tickets["s1"], 3.0))

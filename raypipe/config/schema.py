@@ -112,7 +112,7 @@ class Pacing(Section):
     max_active_stores: Count | None = None  # stores that have an actor at a time; None: all
     turn: Count = 1  # updates that a store hands over before another has its place, where not all have one
     cool_down_s: Annotated[float, Field(ge=0)] = 0.0  # so long a store that was released is not asked for
-    budget_s: Positive | None = None  # of each ticket; None: paced sets it by what the stores' links take
+    budget_s: Positive | None = None  # of training, ends a ticket; None: paced sets it by what the stores' links take
     deadline_s: Positive | None = None  # ends a ticket's hold on its slot, not its worth
     hung_s: Positive = 60.0  # so long after its deadline a store is killed and restarted
     heartbeat_s: Positive = 5.0  # two missed in a row: the same

@@ -26,7 +26,7 @@ class Sizes:
 def expected_versions(policy: Policy) -> int:
     """At most so many versions; by the clock where tickets take equal time, else by the limit that is set."""
     by_time = math.inf
-    if policy.max_seconds is not None and policy.budget_s is not None:
+    if policy.tick and policy.max_seconds is not None and policy.budget_s is not None:
         by_time = policy.max_seconds / policy.budget_s
     return int(min(policy.max_versions or math.inf, max(1.0, by_time), 10**9))
 
@@ -38,12 +38,14 @@ def pace_in_words(policy: Policy, num_stores: int) -> str:
         if policy.budget_s is not None:
             tickets = f"tickets of {policy.budget_s:g} s"
         return f"{tickets}, a version at each tick with who is there; late work joins the next"
+    limit = "" if policy.budget_s is None else f"; a ticket ends after {policy.budget_s:g} s of training"
     if policy.refill == "on_arrival":
-        return f"a version after each {policy.buffer_size} stores' updates; a store gets new work when it hands over"
+        when = f"a version after each {policy.buffer_size} stores' updates"
+        return f"{when}; a store gets new work when it hands over{limit}"
     if policy.buffer_size is not None:
         cohort = policy.cohort or num_stores
-        return f"a version when {policy.buffer_size} of {cohort} stores came; late work joins the next"
-    return "a version when all stores came, folded in store order"
+        return f"a version when {policy.buffer_size} of {cohort} stores came; late work joins the next{limit}"
+    return f"a version when all stores came, folded in store order{limit}"
 
 
 def _turns(policy: Policy) -> list[str]:

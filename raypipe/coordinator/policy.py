@@ -8,6 +8,9 @@
 | fedbuff      | -      | M/2, >= 3   | on arrival | when its work is done| when K stores came                     |
 | delta_async  | -      | 1           | on arrival | when its work is done| at each arrival                        |
 
+In every pace a ticket ends at the first of its limits, so at budget_s too where that is said. That many seconds are of
+training: only a paced version is made without who takes longer.
+
 The equal time of paced tickets is budget_s, or where nothing is said `TRAINS` times what a ticket takes beside its
 training: base down, judging, update up, the median store's. Unlike stores drift apart in long tickets, and in short
 ones nothing but bytes moves.
@@ -70,8 +73,6 @@ class Policy:
 def pace(name: str, num_stores: int, overrides: dict[str, Any]) -> Policy:
     """The policy that a pace's name stands for, with what the configuration says on top (None: not said)."""
     given = {key: value for key, value in overrides.items() if value is not None}
-    if name != "paced":  # there a ticket's work is given, not its time; a deadline bounds it
-        given.pop("budget_s", None)
     active = min(num_stores, given.get("max_active_stores") or num_stores)
     concurrency = given.get("concurrency") or active
     presets: dict[str, Policy] = {

@@ -63,8 +63,10 @@ def _issue(run: Run, member: Member, at: float) -> do.Train:
         steps = None if member.speed is None else max(1, int(member.speed * budget))
     if policy.max_seconds is not None and run.started_at is not None and budget is not None:
         budget = max(0.1 * budget, min(budget, run.started_at + policy.max_seconds - at))
-    moves = budget / TRAINS if budget is not None and policy.budget_s is None else 0.0  # where it is set by them
-    due = policy.deadline_s if policy.deadline_s is not None else 1.25 * budget + moves + 0.5 if budget else math.inf
+    due = policy.deadline_s if policy.deadline_s is not None else math.inf
+    if policy.deadline_s is None and policy.tick and budget is not None:  # elsewhere a version waits for its cohort
+        moves = budget / TRAINS if policy.budget_s is None else 0.0  # where it is set by them
+        due = 1.25 * budget + moves + 0.5
     warm_up = 0.0 if member.warm else WARM_UP_S
     patience = due if math.isfinite(due) else 10 * (member.last_s or run.slowest() or FIRST_S / 10)
     progress = run.progress(at)
