@@ -18,7 +18,7 @@ from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.policy import FIRST_BUDGET_S, Policy, pace
 from raypipe.coordinator.resume import bring_back
 from raypipe.coordinator.state import KEPT, Scores
-from raypipe.coordinator.stores import WARM_UP_S
+from raypipe.coordinator.stores import FIRST_S, SHORTEST_S, WARM_UP_S
 
 
 def machine(policy: Policy, stores: int = 3) -> Coordinator:
@@ -228,6 +228,63 @@ def test_a_hung_store_is_restarted_and_holds_up_no_version() -> None:
 def test_a_failing_store_is_retried_with_backoff_and_set_aside_with_its_reason() -> None:
     m = machine(pace("wait_for_all", 2, {"max_failures": 2, "backoff_s": 4.0, "max_versions": 9}), 2)
     tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+def restarted(actions: list[do.Action]) -> list[str]:
+    return [a.store for a in of(do.Restart, actions)]
+
+
+@pytest.mark.parametrize("name", ["wait_for_all", "fedbuff", "k_of_n"])
+def test_a_first_ticket_that_hangs_holds_nobody_up_for_an_hour_once_the_others_have_handed_over(name: str) -> None:
+    m = machine(pace(name, 3, {"buffer_size": 3, "hung_s": 60.0, "max_versions": 9}))
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    assert m.wake_at() == FIRST_S + 60.0 + WARM_UP_S, "nothing is known of any store's speed"
+    for store in ("s1", "s2"):
+        deliver(m, tickets[store], 10.0)
+    hung_at = SHORTEST_S + 60.0 + WARM_UP_S
+    assert "s0" not in restarted(m.handle(ev.Tick(hung_at - 0.1)))
+    assert "s0" in restarted(m.handle(ev.Tick(hung_at)))
+
+
+def test_a_store_that_is_ten_times_slower_and_has_ten_times_the_images_does_not_hang() -> None:
+    m = machine(pace("fedbuff", 2, {"buffer_size": 2, "max_versions": 99}), 2)
+    tickets = {}
+    for store, images in (("s0", 100), ("s1", 1000)):
+        tickets |= {a.store: a.ticket for a in of(do.Train, m.handle(ev.StoreJoined(store, images, 0.0)))}
+    deliver(m, tickets["s0"], 30.0)
+    for at in range(60, 3060, 60):
+        assert "s1" not in restarted(m.handle(ev.Tick(float(at))))
+    assert of(do.Publish, deliver(m, tickets["s1"], 3060.0))
+    m = machine(pace("wait_for_all", 2, {"max_versions": 9}), 2)
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    deliver(m, tickets["s1"], 1000.0)
+    assert of(do.Restart, m.handle(ev.Tick(10_000.0))) == [], "the others take long: so may this one"
+
+
+def test_a_store_that_is_only_slow_has_longer_the_next_time() -> None:
+    m = machine(pace("fedbuff", 2, {"max_failures": 9, "hung_s": 60.0, "max_versions": 9}), 2)
+    deliver(m, {a.store: a.ticket for a in of(do.Train, join_all(m))}["s1"], 10.0)
+    first = SHORTEST_S + 60.0 + WARM_UP_S
+    assert "s0" in restarted(m.handle(ev.Tick(first)))
+    m.handle(ev.Published(1, first))
+    (again,) = [a for a in of(do.Train, m.handle(ev.StoreJoined("s0", 100, 500.0))) if a.store == "s0"]
+    assert restarted(m.handle(ev.Tick(500.0 + first))) == []
+    assert again.ticket in [p.ticket for f in of(do.Fold, deliver(m, again.ticket, 930.0)) for p in f.portions]
+
+
+def test_who_waited_for_its_turn_is_not_slow_and_a_pause_is_no_hanging() -> None:
+    m = machine(pace("wait_for_all", 6, {"hung_s": 60.0, "max_versions": 9}), 6)
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    for store in ("s1", "s2", "s3", "s4", "s5"):
+        m.handle(trained(tickets[store], 10.0))
+    for store in ("s1", "s2", "s3"):
+        m.handle(ev.UpdateArrived(tickets[store], 400, 11.0))
+    m.handle(ev.StorePaused("s0", "its owner needs it", 20.0))
+    m.handle(ev.StoreWentOn("s0", 1020.0))
+    assert of(do.Restart, m.handle(ev.Tick(1000.0 + SHORTEST_S + 119.0))) == []
+    deliver(m, tickets["s0"], 1420.0)
+    m.handle(ev.UpdateArrived(tickets["s4"], 400, 1421.0))
+    assert m.members["s4"].last_s == pytest.approx(11.0), "it was ready after 10 s, and its update came in 1 s"
+
+
     assert of(do.Train, m.handle(ev.TrainingFailed(tickets["s1"], "loss is not finite", 1.0))) == []
     assert m.wake_at() == 5.0
     (again,) = of(do.Train, m.handle(ev.Tick(5.0)))

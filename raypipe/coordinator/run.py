@@ -188,7 +188,3 @@ class Run:
         if self.policy.refill == "on_publish" and self.picked == self.version:
             return coming | set(self.startable())
         return coming | set(self.free()) | self.returning()
-
-    def slowest(self) -> float:
-        """The longest newest ticket of any store, in seconds; 0 before the first."""
-        return max((m.last_s or 0.0 for m in self.members.values()), default=0.0)

@@ -53,6 +53,8 @@ class Ticket:
     digest: str | None = None
     signature: str | None = None
     arrived: bool = False
+    trained_at: float = 0.0
+    idle_s: float = 0.0  # of its time its store was paused, or waited for the turn of its update
     again: bool = False  # asked for a second time, of a store that may have had it ready: its time tells nothing
 
 

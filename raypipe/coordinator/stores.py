@@ -10,7 +10,9 @@ from raypipe.coordinator import events as ev
 from raypipe.coordinator.run import Run
 from raypipe.coordinator.state import Member, Phase, Ticket
 
-FIRST_S = 3600.0  # for a first ticket without a deadline: nothing is known of the store's speed
+FIRST_S = 3600.0  # for a first ticket without a deadline, while nothing is known of any store's speed
+SLOWER = 20.0  # times that a store may be slower than the slowest that is known, for equally many images
+SHORTEST_S = 300.0  # the same of a first ticket, however fast the others: its link may be slow
 WARM_UP_S = 60.0  # more patience until a store that joined has handed over once: it imports, builds and decodes
 
 
@@ -108,6 +110,7 @@ def went_on(run: Run, store: str, at: float) -> list[do.Action]:
     for ticket in run.tickets.values():
         if ticket.store == store and ticket.phase is Phase.TRAINING:
             ticket.hung_at += seconds
+            ticket.idle_s += seconds
     return [do.Record("store_went_on", {"store": store, "seconds": seconds})]
 
 
@@ -170,6 +173,38 @@ def _let_go(run: Run, member: Member, reason: str, at: float) -> list[do.Action]
 
 def _ask_again(run: Run, ticket: Ticket, at: float) -> None:
     """It is asked for again: it has as long as it had at first, and the store's start."""
-    due, hung = ticket.due_at - ticket.issued_at, FIRST_S if math.isinf(ticket.due_at) else 0.0
-    ticket.phase, ticket.issued_at, ticket.again = Phase.TRAINING, at, True
-    ticket.due_at, ticket.hung_at = at + due, at + (hung or due) + run.policy.hung_s + WARM_UP_S
+    due = ticket.due_at - ticket.issued_at
+    patience = due if math.isfinite(due) else patience_s(run.members[ticket.store], known_s(run))
+    ticket.phase, ticket.issued_at, ticket.idle_s, ticket.again = Phase.TRAINING, at, 0.0, True
+    ticket.due_at, ticket.hung_at = at + due, at + patience + run.policy.hung_s + WARM_UP_S
+
+
+def known_s(run: Run) -> tuple[float, float] | None:
+    """Of the stores' newest tickets, from issue to arrival: the longest, and the longest for an image of the store."""
+    known = [(m.last_s, m.last_s / max(1, m.num_train)) for m in run.members.values() if m.last_s is not None]
+    return (max(seconds for seconds, _ in known), max(each for _, each in known)) if known else None
+
+
+def patience_s(member: Member, known: tuple[float, float] | None) -> float:
+    """How long a ticket without a due time may take: by the store's newest one, else by what the others' took.
+
+    Without either, FIRST_S. Each failure doubles a first ticket's, so that a store that is only slow comes through.
+    """
+    if member.last_s is not None:
+        return 10 * member.last_s
+    if known is None:
+        return FIRST_S
+    longest, for_an_image = known
+    likely = SLOWER * max(longest, for_an_image * member.num_train)  # its work may grow with its images, or not
+    patience = max(SHORTEST_S, min(likely, max(FIRST_S, SLOWER * longest)))
+    return patience * 2.0 ** min(member.failures, 16)
+
+
+def see_who_hangs(run: Run) -> None:
+    """Of first tickets that were given out before any store's speed was known: by now it may be."""
+    training = [t for t in run.training() if math.isinf(t.due_at)]
+    first = [(t, member) for t in training if (member := run.members[t.store]).last_s is None]
+    known = known_s(run) if first else None
+    for ticket, member in first:
+        since = ticket.issued_at + ticket.idle_s + run.policy.hung_s + WARM_UP_S
+        ticket.hung_at = since + patience_s(member, known)

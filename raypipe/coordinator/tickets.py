@@ -10,7 +10,7 @@ from raypipe.coordinator import stores
 from raypipe.coordinator.policy import TRAINS
 from raypipe.coordinator.run import AWAITED, Run
 from raypipe.coordinator.state import Member, Phase, Ticket
-from raypipe.coordinator.stores import FIRST_S, WARM_UP_S
+from raypipe.coordinator.stores import WARM_UP_S
 
 AHEAD = 3  # updates at the head before their turn in store order
 
@@ -68,7 +68,7 @@ def _issue(run: Run, member: Member, at: float) -> do.Train:
         moves = budget / TRAINS if policy.budget_s is None else 0.0  # where it is set by them
         due = 1.25 * budget + moves + 0.5
     warm_up = 0.0 if member.warm else WARM_UP_S
-    patience = due if math.isfinite(due) else 10 * (member.last_s or run.slowest() or FIRST_S / 10)
+    patience = due if math.isfinite(due) else stores.patience_s(member, stores.known_s(run))
     progress = run.progress(at)
     judged = run.scores.judged.get(run.version, {})
     evaluate = run.version % policy.evaluate_every == 0 and member.id not in judged
@@ -88,7 +88,7 @@ def trained(run: Run, event: ev.Trained) -> list[do.Action]:
     ticket = run.tickets.get(event.ticket)
     if ticket is None or ticket.phase is not Phase.TRAINING:
         return []
-    ticket.phase = Phase.TRAINED
+    ticket.phase, ticket.trained_at = Phase.TRAINED, event.at
     ticket.steps, ticket.examples, ticket.num_train = event.steps, event.examples, event.num_train
     ticket.seconds, ticket.loss, ticket.after = event.seconds, event.loss, event.after
     ticket.data_hash = event.data_hash
@@ -103,7 +103,7 @@ def collect(run: Run, at: float) -> list[do.Action]:
     the head never holds more than a few, however many stores there are."""
     waiting = sorted((t for t in run.tickets.values() if t.phase is Phase.TRAINED), key=lambda t: t.store)
     if run.policy.in_order:
-        held = sum(t.phase in (Phase.COLLECTING, Phase.ARRIVED) for t in run.tickets.values())
+        held = sum(Phase.COLLECTING <= t.phase <= Phase.FOLDING for t in run.tickets.values())
         first = min(run.expected(), default="")
         waiting = [t for t in waiting if t.store == first or t in waiting[: max(0, AHEAD - held)]]
     for ticket in waiting:
@@ -113,6 +113,7 @@ def collect(run: Run, at: float) -> list[do.Action]:
     return [do.Collect(t.id, t.store) for t in waiting]
 
 
+        ticket.idle_s += max(0.0, at - ticket.trained_at)
 def arrived(run: Run, event: ev.UpdateArrived) -> None:
     """Its update is in the coordinator's memory."""
     ticket = run.tickets.get(event.ticket)
@@ -124,7 +125,7 @@ def arrived(run: Run, event: ev.UpdateArrived) -> None:
     member.warm = True
     member.turns += 1
     if not ticket.again:
-        member.last_s = event.at - ticket.issued_at
+        member.last_s = event.at - ticket.issued_at - ticket.idle_s
         member.overhead_s = max(0.0, member.last_s - ticket.seconds)
     base, times = member.handed_over
     if not ticket.arrived:  # else a second time, after the coordinator died
@@ -195,6 +196,7 @@ def expire(run: Run, at: float) -> list[do.Action]:
         if paused_at is not None and paused_at + run.policy.hung_s <= at:
             ticket.due_at = min(ticket.due_at, at)  # nobody waits for it any more
         if paused_at is not None or ticket.hung_at > at:
+    stores.see_who_hangs(run)
             continue
         if ticket.phase is Phase.WAITING:
             del run.tickets[ticket.id]
