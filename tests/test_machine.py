@@ -58,6 +58,9 @@ def test_a_run_without_quorum_ends_and_says_so() -> None:
     assert m.wake_at() == 5.0
     reason = "no quorum after 5 s: 1 of 3 stores are there, 2 have to be; missing: s1, s2"
     assert m.handle(ev.Tick(5.0))[-1] == do.Finish(reason, 0, failed=True)
+    m = machine(Policy(refill="on_publish", quorum=9, join_s=5.0, max_versions=1), 9)
+    m.handle(ev.StoreJoined("s3", 100, 0.0))
+    assert m.handle(ev.Tick(5.0))[-1].reason.endswith("missing: s0, s1, s2, s4, s5 and 3 more")
 
 
 def test_wait_for_all_folds_in_store_order_and_publishes_once() -> None:
@@ -155,9 +158,6 @@ def test_a_paced_ticket_trains_twice_as_long_as_it_takes_to_fetch_and_hand_over(
     assert [t.budget_s for t in tickets] == [pytest.approx(2.0)] * 3, "the median store's link, twice"
 
 
-def test_late_work_alone_makes_no_version_while_the_others_are_about_to_start() -> None:
-    m = machine(pace("paced", 2, {"budget_s": 2.0, "max_versions": 9}), 2)
-    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
 @pytest.mark.parametrize("name", ["wait_for_all", "k_of_n", "fedbuff", "delta_async"])
 def test_a_budget_that_is_said_holds_in_every_pace_and_nobody_is_late_by_it(name: str) -> None:
     m = machine(pace(name, 2, {"budget_s": 2.0, "buffer_size": 2, "max_versions": 9}), 2)
@@ -188,6 +188,9 @@ def test_under_a_deadline_a_store_is_given_what_it_can_do_in_time_by_its_measure
     assert (slow.store, slow.budget_s, slow.max_steps) == ("s1", 2.0, 1), "a fifth of the deadline, and a step at least"
 
 
+def test_late_work_alone_makes_no_version_while_the_others_are_about_to_start() -> None:
+    m = machine(pace("paced", 2, {"budget_s": 2.0, "max_versions": 9}), 2)
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
     deliver(m, tickets["s0"], 2.0)
     m.handle(ev.Tick(3.0))
     m.handle(trained(tickets["s1"], 3.0))
@@ -225,9 +228,6 @@ def test_a_hung_store_is_restarted_and_holds_up_no_version() -> None:
     assert of(do.Train, m.handle(ev.StoreJoined("s1", 100, 90.0))), "taken in again"
 
 
-def test_a_failing_store_is_retried_with_backoff_and_set_aside_with_its_reason() -> None:
-    m = machine(pace("wait_for_all", 2, {"max_failures": 2, "backoff_s": 4.0, "max_versions": 9}), 2)
-    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
 def restarted(actions: list[do.Action]) -> list[str]:
     return [a.store for a in of(do.Restart, actions)]
 
@@ -285,6 +285,9 @@ def test_who_waited_for_its_turn_is_not_slow_and_a_pause_is_no_hanging() -> None
     assert m.members["s4"].last_s == pytest.approx(11.0), "it was ready after 10 s, and its update came in 1 s"
 
 
+def test_a_failing_store_is_retried_with_backoff_and_set_aside_with_its_reason() -> None:
+    m = machine(pace("wait_for_all", 2, {"max_failures": 2, "backoff_s": 4.0, "max_versions": 9}), 2)
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
     assert of(do.Train, m.handle(ev.TrainingFailed(tickets["s1"], "loss is not finite", 1.0))) == []
     assert m.wake_at() == 5.0
     (again,) = of(do.Train, m.handle(ev.Tick(5.0)))
@@ -368,6 +371,22 @@ def test_patience_ends_a_run_at_its_best_version() -> None:
         finish += of(do.Finish, m.handle(ev.Kept(version + 1, float(version))))
         ticket = next(iter(of(do.Train, actions)), ticket)
     assert [(f.reason, f.best_version) for f in finish] == [("no better version in 2", 1)]
+
+
+@pytest.mark.parametrize(("lower", "values"), [(False, (0.3, 0.79, 0.8)), (True, (1.3, 0.81, 0.8))])
+def test_a_target_that_is_reached_ends_the_run_and_none_that_is_nearly_reached(
+    lower: bool, values: tuple[float, ...]
+) -> None:
+    m = machine(pace("delta_async", 1, {"target": 0.8, "lower_is_better": lower, "max_versions": 50}), 1)
+    (train,) = of(do.Train, join_all(m))
+    for version, value in enumerate(values):
+        assert m.ending is None
+        m.handle(ev.Evaluated(version, "s0", {"accuracy": value}, 10, float(version)))
+        if m.ending is None:
+            deliver(m, train.ticket, float(version))
+            (train,) = of(do.Train, m.handle(ev.Published(version + 1, float(version))))
+    assert m.ending == ("accuracy reached 0.8", 2.0)
+    assert m.scores.best == (2, 0.8)
 
 
 def test_a_run_that_ended_with_a_version_goes_on_when_that_version_is_lost() -> None:
