@@ -46,6 +46,7 @@ class Run:
     finished: Body | None = None
     epoch: int = 0
     has_ledger: bool = False
+    skipped: dict[str, int] = field(default_factory=dict)  # store -> images that it cannot read, as was said last
     publications: set[tuple[int, tuple[str, ...]]] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
 
@@ -90,6 +91,10 @@ def journal(folder: Path) -> Run:
                 if body["version"] not in run.versions:
                     run.faults.append(f"journal: version {body['version']} is judged and is not there")
                 run.evaluated[body["version"]] = body
+            case "images_skipped":
+                run.skipped[body["store"]] = body["skipped"]
+                if not 0 < body["skipped"] <= body["of"]:
+                    run.faults.append(f"journal: {body['store']} leaves out {body['skipped']} of {body['of']} images")
             case "run_finished":
                 run.finished = body
     return run

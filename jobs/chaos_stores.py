@@ -30,6 +30,7 @@ class Shop:
     healthy: bool
     speed: float  # seconds of a ticket, about
     images: int
+    unreadable: int = 0  # of them, as it has found so far
     outbox: dict[str, ev.Trained] = field(default_factory=dict)  # on its disk, oldest first
     epoch: int = 0  # the newest that it has heard of; on its disk
     process: int = 0  # counts its processes
@@ -165,7 +166,10 @@ class Network:
         elif not self.trouble(shop.name, 0.1):  # else it hangs
             shop.busy_until, process, epoch = done, shop.process, world.epoch
             steps = chance.randint(1, 50)
+            if chance.random() < 0.05:
+                shop.unreadable = min(shop.images, shop.unreadable + chance.randint(1, 3))
             report = ev.Trained(action.ticket, steps, steps * 32, shop.images, done - world.at, chance.random(), done)
+            report = replace(report, skipped=shop.unreadable)
             judged = action.evaluate and not self.trouble(shop.name, 0.1)
 
             def finish() -> None:

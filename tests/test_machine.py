@@ -12,6 +12,7 @@ import pytest
 
 from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
+from raypipe.coordinator.board import Board
 from raypipe.coordinator.diary import Diary
 from raypipe.coordinator.explain import expected_versions, pace_in_words
 from raypipe.coordinator.machine import Coordinator
@@ -297,6 +298,22 @@ def test_a_failing_store_is_retried_with_backoff_and_set_aside_with_its_reason()
     m.handle(ev.StoreLeft("s1", "its operator took it out", 8.0))
     m.handle(ev.StoreJoined("s1", 100, 9.0))
     assert [a.store for a in of(do.Train, m.handle(ev.Published(1, 9.0)))] == ["s0", "s1"]
+
+
+def test_images_that_cannot_be_read_are_recorded_as_they_become_more_and_said_as_they_double() -> None:
+    m, board = machine(pace("delta_async", 1, {"max_versions": 99}), 1), Board("accuracy")
+    (train,) = of(do.Train, join_all(m))
+    counts = []
+    for version, skipped in enumerate((0, 1, 1, 2, 3, 0, 4), 1):
+        told = m.handle(replace(trained(train.ticket, float(version), num_train=70), skipped=skipped))
+        for record in of(do.Record, told):
+            board.add(record.kind, record.body)
+            counts.append((record.kind, record.body["skipped"], record.body["of"]))
+        m.handle(ev.UpdateArrived(train.ticket, 400, float(version)))
+        m.handle(ev.Folded((train.ticket,), (), float(version)))
+        (train,) = of(do.Train, m.handle(ev.Published(version, float(version))))
+    assert counts == [("images_skipped", n, 70) for n in (1, 2, 3, 4)]
+    assert board.lines == [f"s0: {n} of 70 images cannot be read, left out" for n in (1, 2, 4)]
 
 
 def test_a_refused_update_leaves_the_weight_of_the_others() -> None:

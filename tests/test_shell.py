@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CLASSES, ROOT
+from test_site import write
 
 from raypipe.compose import compose
 from raypipe.config.schema import RunConfig
@@ -225,6 +226,20 @@ def test_a_users_own_model_and_loss_train_and_promote_like_ours(
 
 
 def test_bytes_both_ways_are_counted(stores: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache_bytes", [1 << 20, 0], ids=["cached", "decoded per batch"])
+def test_images_that_cannot_be_read_are_said_once_a_store(cache_bytes: int, stores: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path / "b", num=70, broken=(3, 11, 12), classes=tuple(CLASSES), store="b")
+    ports = {n: SitePort(folder if n == "b" else stores / n) for n in NAMES}
+    ports["b"].site = Site(folder, cache_bytes=cache_bytes)
+    train = {"local_epochs": 1, "local_steps": None, "batch_size": 70, "max_bad_share": 0.05}
+    made = run(config(train=train, stop={"max_versions": 3}), tmp_path, ports)
+    said = [(r["store"], r["skipped"], r["of"]) for r in records(tmp_path, "images_skipped")]
+    assert said == [("b", 3, 70)]
+    assert [line for line in made.board.lines if "cannot be read" in line] == [
+        "b: 3 of 70 images cannot be read, left out"
+    ]
+
+
     made = run(config(update=["bfloat16"]), tmp_path, {n: SitePort(stores / n) for n in NAMES})
     layout = made.shell.model.layout
     first = records(tmp_path, "version_published")[1]

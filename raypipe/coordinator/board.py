@@ -24,6 +24,7 @@ class Row:
     staleness: int = 0  # summed
     accuracy: float | None = None
     base: int = 0
+    skipped: int = 0  # images that cannot be read, when it was said last: a line once they are twice as many
     reason: str = ""
 
     @property
@@ -110,6 +111,10 @@ class Board:
                 row.reason = reason
                 what = "failed" if kind == "ticket_failed" else "sent an update that was refused"
                 self.lines.append(f"{row.store} {what}: {reason}")
+            case "images_skipped":
+                if body["skipped"] >= 2 * row.skipped:
+                    row.skipped = body["skipped"]
+                    self.lines.append(f"{row.store}: {row.skipped} of {body['of']} images cannot be read, left out")
             case _:
                 pass
 

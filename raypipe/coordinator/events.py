@@ -69,6 +69,7 @@ class Trained:
     after: str = ""  # the ticket whose optimizer state it went on from
     data_hash: str = ""  # of the store's data set as it was then
     update_bytes: int = 0  # at most, of what is to be fetched
+    skipped: int = 0  # of num_train, those that cannot be read, as far as the store knows
 
 
 @dataclass(frozen=True, slots=True)

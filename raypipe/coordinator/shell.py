@@ -184,6 +184,7 @@ class Shell:
             report.after,
             report.data_hash,
             report.update_bytes,
+            report.skipped,
         )
 
     async def _taught(self, action: do.Train, ticket: msg.Ticket) -> msg.Report:

@@ -73,6 +73,7 @@ class Member:
     stuck: bool = False  # its ticket was past its due time when the end began
     returning: float = -math.inf  # until then it is expected back: it was there when the coordinator died
     issued: int = 0
+    skipped: int = 0  # images that it cannot read and leaves out, as was said last
     handed_over: tuple[int, int] = (-1, 0)  # base version, the next number of its updates
     last_issued_at: float = -1.0
     speed: float | None = None  # steps a second, the newest ticket's

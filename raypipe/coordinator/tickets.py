@@ -93,9 +93,14 @@ def trained(run: Run, event: ev.Trained) -> list[do.Action]:
     ticket.seconds, ticket.loss, ticket.after = event.seconds, event.loss, event.after
     ticket.data_hash = event.data_hash
     ticket.num_bytes = event.update_bytes
+    member = run.members[ticket.store]
     if event.seconds > 0:
-        run.members[ticket.store].speed = event.steps / event.seconds
-    return []
+        member.speed = event.steps / event.seconds
+    if event.skipped <= member.skipped:
+        return []
+    member.skipped = event.skipped  # it may find more of them with each ticket: said as they become more
+    body = {"store": ticket.store, "skipped": event.skipped, "of": event.num_train}
+    return [do.Record("images_skipped", body)]
 
 
 def collect(run: Run, at: float) -> list[do.Action]:
@@ -108,12 +113,12 @@ def collect(run: Run, at: float) -> list[do.Action]:
         waiting = [t for t in waiting if t.store == first or t in waiting[: max(0, AHEAD - held)]]
     for ticket in waiting:
         ticket.phase, rate = Phase.COLLECTING, run.members[ticket.store].max_upload_bytes_s
+        ticket.idle_s += max(0.0, at - ticket.trained_at)
         slowly_s = 2 * ticket.num_bytes / rate if rate else 0.0  # twice: the update before may be on its way
         ticket.hung_at = max(ticket.hung_at, at + run.policy.hung_s + slowly_s)
     return [do.Collect(t.id, t.store) for t in waiting]
 
 
-        ticket.idle_s += max(0.0, at - ticket.trained_at)
 def arrived(run: Run, event: ev.UpdateArrived) -> None:
     """Its update is in the coordinator's memory."""
     ticket = run.tickets.get(event.ticket)
@@ -191,12 +196,12 @@ def reject(run: Run, ticket: Ticket, reason: str, at: float) -> list[do.Action]:
 def expire(run: Run, at: float) -> list[do.Action]:
     """Restart stores that are long past their due time."""
     actions: list[do.Action] = []
+    stores.see_who_hangs(run)
     for ticket in [t for t in run.tickets.values() if t.phase in AWAITED]:
         paused_at = run.members[ticket.store].paused_at if ticket.phase is Phase.TRAINING else None
         if paused_at is not None and paused_at + run.policy.hung_s <= at:
             ticket.due_at = min(ticket.due_at, at)  # nobody waits for it any more
         if paused_at is not None or ticket.hung_at > at:
-    stores.see_who_hangs(run)
             continue
         if ticket.phase is Phase.WAITING:
             del run.tickets[ticket.id]

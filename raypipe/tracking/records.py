@@ -21,6 +21,7 @@ Kind: TypeAlias = Literal[
     "store_closed",
     "store_paused",
     "store_went_on",
+    "images_skipped",
     "ticket_failed",
     "update_rejected",
     "classes_planned",
@@ -44,6 +45,7 @@ KINDS: tuple[Kind, ...] = (
     "store_closed",
     "store_paused",
     "store_went_on",
+    "images_skipped",
     "ticket_failed",
     "update_rejected",
     "classes_planned",
@@ -143,6 +145,14 @@ class StoreWentOn(TypedDict):
 
     store: str
     seconds: float
+
+
+class ImagesSkipped(TypedDict):
+    """A store has met images that cannot be read, or rows without a target: it trains on the others."""
+
+    store: str
+    skipped: int  # so far; more than was said before
+    of: int  # in its training split
 
 
 class UpdateRejected(TypedDict):
