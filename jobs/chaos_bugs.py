@@ -112,6 +112,25 @@ BUGS = (
         "run.publishing, run.awaited = None, None\n    run.central_busy",
         "run.awaited = None\n    run.central_busy",
     ),
+    Bug(
+        "an update stands behind the next one of its own store, which is given none",
+        "coordinator/run.py",
+        "if self.members[s].counts(self.now) and s not in over]",
+        "if self.members[s].counts(self.now)]",
+        CHAOS + "test_an_update_in_order_does_not_stand_behind_the_next_one_of_its_own_store",
+    ),
+    Bug(
+        "lower is better, and the highest is taken for the best",
+        "coordinator/state.py",
+        "return one < other if self.lower_is_better else one > other",
+        "return one > other",
+    ),
+    Bug(
+        "images that are left out are not said",
+        TICKETS,
+        "if event.skipped <= member.skipped:",
+        "if event.skipped <= member.skipped or member.warm:",
+    ),
     Bug("a withdrawn version keeps its score", VERSIONS, "    run.scores.withdraw(version)\n", ""),
     Bug(
         "work on a withdrawn version goes on",

@@ -136,5 +136,26 @@ def over(world: World) -> None:
     for ticket, version in world.made.items():
         there = m.members[world.asked[ticket].store].present
         assert not there or world.told.get(ticket) == version, f"{ticket}: its store never heard of {version}"
-    unheard = set(m.scores.scored) - set(journal(world.disk.folder).evaluated)
+    _judged_well(world)
+    record = journal(world.disk.folder)
+    unheard = set(m.scores.scored) - set(record.evaluated)
     assert not unheard, f"versions {sorted(unheard)} were judged, and no record says so"
+    for ticket in world.made:
+        store, skipped = world.asked[ticket].store, world.network.reports[ticket].skipped
+        said = record.skipped.get(store, 0)
+        assert skipped <= said, f"{store} left {skipped} images out of {ticket}; by the record: {said}"
+
+
+def _judged_well(world: World) -> None:
+    """Which version is the best, and whether that was good enough to end: by the policy's own sense of better."""
+    scores, policy = world.machine.scores, world.policy
+    if scores.scored:
+        right = (min if policy.lower_is_better else max)(scores.scored.values())
+        assert scores.best is not None
+        assert scores.best[1] == right, f"the best score is said to be {scores.best}, it is {right}"
+    reason = "" if world.machine.ending is None else world.machine.ending[0]
+    if " reached " in reason:
+        assert scores.best is not None
+        assert policy.target is not None
+        far = scores.best[1] - policy.target
+        assert far == 0 or (far < 0) == policy.lower_is_better, f"it ended as {reason}, with {scores.best}"

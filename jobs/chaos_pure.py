@@ -28,6 +28,7 @@ from raypipe.coordinator.policy import Policy
 from raypipe.coordinator.staleness import constant, hinge, polynomial
 
 LIMIT = 30_000  # events of one history
+JOIN_S = 50.0  # longer than any store of a random history stays away
 BLOCK = 100  # histories of one task of the pool, about
 
 
@@ -78,7 +79,7 @@ def random_policy(chance: random.Random) -> Policy:
         "deadline_s": maybe(chance.uniform(0.5, 8)),
         "hung_s": chance.uniform(1, 20),
         "quorum": chance.randint(1, 2),
-        "join_s": 50.0,
+        "join_s": chance.uniform(1, 100),
         "weigh": chance.choice(["examples", "steps", "equal"]),
         "normalise": chance.choice(["sum", "k"]),
         "in_order": chance.random() < 0.4,
@@ -88,9 +89,10 @@ def random_policy(chance: random.Random) -> Policy:
         "floor_weight": chance.uniform(0.01, 1),
         "max_failures": chance.randint(1, 4),
         "backoff_s": chance.uniform(0.1, 5),
-        "max_versions": chance.randint(1, 10),
+        "max_versions": chance.randint(1, 10) if chance.random() < 0.9 else None,
         "max_seconds": maybe(chance.uniform(5, 500)),
         "target": maybe(chance.uniform(0.9, 1.0)),
+        "lower_is_better": chance.random() < 0.4,
         "patience": maybe(chance.randint(2, 8)),
         "evaluate_every": chance.randint(1, 3),
         "central": CENTRAL if chance.random() < 0.15 else None,
@@ -102,6 +104,10 @@ def random_policy(chance: random.Random) -> Policy:
         said["quorum"] = min(said["quorum"], said["max_active_stores"])
     if said["budget_s"] is not None and said["deadline_s"] is not None:
         said["deadline_s"] += said["budget_s"]
+    if said["max_versions"] is None:  # it has to end; and each of its writes is a place to die at
+        said["max_seconds"] = chance.uniform(2, 10)
+    if said["lower_is_better"] and said["target"] is not None:
+        said["target"] = 1 - said["target"]
     return Policy(**said)
 
 
@@ -112,8 +118,10 @@ def play(history: History, folder: Path) -> Outcome:
     healthy = chance.randint(1, 3)
     if policy.in_order and chance.random() < 0.9:  # many come before their turn
         policy, stores = replace(policy, cohort=None, buffer_size=None, concurrency=None), chance.randint(7, 9)
-    if reaches := chance.random() < 0.6:  # nothing but its versions ends it: then it must reach them
-        policy = replace(policy, quorum=1, max_seconds=None, target=None, patience=None)
+    reaches = chance.random() < 0.6 and policy.max_versions is not None
+    if reaches:  # nothing but its versions ends it: then it must reach them; all who come do so within JOIN_S
+        join_s = max(JOIN_S, policy.join_s)
+        policy = replace(policy, quorum=1, join_s=join_s, max_seconds=None, target=None, patience=None)
     stop_at = chance.uniform(0, 40) if not reaches and chance.random() < 0.3 else math.inf
     seen: Seen = Counter()
     disk = Disk(folder, history.deaths, random.Random(f"deaths/{history.seed}"))
