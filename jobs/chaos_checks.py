@@ -150,7 +150,8 @@ def _judged_well(world: World) -> None:
     """Which version is the best, and whether that was good enough to end: by the policy's own sense of better."""
     scores, policy = world.machine.scores, world.policy
     if scores.scored:
-        right = (min if policy.lower_is_better else max)(scores.scored.values())
+        newest = [score for v, score in scores.scored.items() if v >= scores.since]  # of the newest class list
+        right = (min if policy.lower_is_better else max)(newest or list(scores.scored.values()))
         assert scores.best is not None
         assert scores.best[1] == right, f"the best score is said to be {scores.best}, it is {right}"
     reason = "" if world.machine.ending is None else world.machine.ending[0]

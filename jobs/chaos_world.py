@@ -27,6 +27,7 @@ from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.policy import Policy
 from raypipe.coordinator.resume import bring_back
 from raypipe.coordinator.state import Phase
+from raypipe.tasks.class_list import Change, ClassList
 
 GRACE_S = 10.0  # for stores to return after the coordinator did
 CHECKPOINT_EVERY = 40  # lines of the diary
@@ -49,6 +50,8 @@ class World:
         self.chance, self.policy, self.disk, self.seen = random.Random(seed), policy, disk, seen
         self.names, self.stop_at = [f"s{i}" for i in range(stores)], stop_at
         self.at = 0.0
+        whim = random.Random(f"classes/{seed}")
+        self.changes_at = [whim.uniform(0, 20) for _ in range(3)] if whim.random() < 0.3 else []  # of the class list
         self.queue: list[tuple[float, int, ev.Event | Callable[[], None]]] = []
         self.count = itertools.count()
         speeds = [0.5, 1.0, 5.0]
@@ -138,6 +141,8 @@ class World:
         self.network.gather(first_time=not versions)
         if math.isfinite(self.stop_at):
             self.later(max(self.at, self.stop_at), ev.StopAsked("stopped by hand", 0.0))
+        for when in [when for when in self.changes_at if when > self.at]:
+            self.later(when, ev.ClassesAsked(Change(add=(f"new at {when}",)), None, 0.0))
         for action in first:
             self.perform(action)
 
@@ -185,7 +190,8 @@ class World:
 
     def new_machine(self) -> Watched:
         metric, chance, said = "accuracy", random.Random, self.names[:-1] or self.names
-        machine = Watched(self.policy, said, metric=metric, chance=chance, start_at=0.0)
+        classes = ClassList(("coat", "hat"))
+        machine = Watched(self.policy, said, metric=metric, chance=chance, start_at=0.0, classes=classes)
         machine.seen = self.seen
         return machine
 

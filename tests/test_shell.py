@@ -355,4 +355,4 @@ def test_the_coordinators_memory_does_not_grow_with_stores(tmp_path: Path) -> No
     models = {stores: growth / model_bytes for stores, growth in grown.items()}
     # Weights, the sum's two vectors (no transform state), half for all else; and AHEAD updates and one that is folded.
     assert models[100] <= 3.5 + AHEAD + 1, models
-    assert models[100] - models[10] <= 0.5, models
+    assert models[100] - models[10] <= AHEAD, models  # of ten the last ones may not have been ahead of their turn
