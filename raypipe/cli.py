@@ -204,7 +204,7 @@ def _import(options: argparse.Namespace, console: Console) -> int:
 
 def _versions(options: argparse.Namespace, console: Console) -> int:
     from raypipe.tracking.book import run_folder
-    from raypipe.tracking.console import versions_table
+    from raypipe.tracking.console import PLAIN_ROWS, show_stores, versions_table
     from raypipe.tracking.lineage import list_versions, metric_of, read_history
 
     folder = run_folder(options.which)
@@ -212,6 +212,9 @@ def _versions(options: argparse.Namespace, console: Console) -> int:
     history = read_history(folder)
     rows = list_versions(folder, check=not options.quick)
     console.print(versions_table(rows, metric_of(history)))
+    stores = history.final["table"] if history.final and not history.run().get("pooled") else []
+    if len(stores) > PLAIN_ROWS:  # not all of them were in the table at the end
+        show_stores(console, stores, metric_of(history))
     if damaged := [str(row.version) for row in rows if row.kept and not row.whole]:
         raise RunError(f"the weights of version {', '.join(damaged)} are damaged; the others can be used")
     return 0

@@ -14,10 +14,15 @@ from raypipe.tracking.compare import Comparison
 from raypipe.tracking.lineage import VersionRow
 from raypipe.tracking.ratio import Ratio
 
-PLAIN_LINES = 6  # progress lines at most where nobody watches live
-PLAIN_ROWS = 10  # stores in the table at the end there
+# Where nobody watches live, at most 30 lines in all: 12 of the way (a title, 4 phases, 4 of progress, 2 of what
+# happened and that there is more), and at the end the names of the columns, PLAIN_ROWS, and 9 lines below the table.
+PLAIN_LINES = 4  # of progress
+PLAIN_PHASES = 4
+PLAIN_ROWS = 8  # in the table at the end, the one with the rest of the stores among them
+PLAIN_EVENTS = 2
+PLAIN_WIDTH = 160  # a file has no edge
 SHARES = ("accuracy", "map50", "map")  # metrics shown in percent
-SHOWN_EVENTS = 4  # of stores that left, failed, ...; the rest is in the record
+SHOWN_EVENTS = 4  # on a terminal: of stores that left, failed, ...; the rest is in the record
 
 
 class Screen:
@@ -27,7 +32,7 @@ class Screen:
         self._console, self._title = console, title
         self._max_seconds, self._max_versions = max_seconds, max_versions
         self._live: Live | None = None
-        self._told = self._shown = 0
+        self._told = self._shown = self._phases = 0
         self._phase = ""
         self._since = time.monotonic()
 
@@ -43,7 +48,7 @@ class Screen:
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self._console.print(_one_line(line), highlight=False, soft_wrap=True, markup=False)
 
     def update(self, phase: str, board: Mapping[str, Any] | None) -> None:
         """Show the newest state."""
@@ -51,13 +56,15 @@ class Screen:
             self._live.update(self._table(phase, board))
         if phase != self._phase:
             self._phase = phase
-            if self._live is None and phase not in ("training", "over", "starting"):
+            if self._live is None and phase not in ("training", "over", "starting") and self._phases < PLAIN_PHASES:
+                self._phases += 1
                 self.say(f"{time.monotonic() - self._since:5.0f} s  {phase} ...")
         if board is None:
             return
-        for line in board["lines"][self._shown : SHOWN_EVENTS]:
+        most = PLAIN_EVENTS if self._live is None else SHOWN_EVENTS
+        for line in board["lines"][self._shown : most]:
             self.say(f"{time.monotonic() - self._since:5.0f} s  {line}")
-        if self._shown < SHOWN_EVENTS < len(board["lines"]):
+        if self._shown <= most < len(board["lines"]):
             self.say("         ... more of this is in the run's record")
         self._shown = len(board["lines"])
         due = self._told < PLAIN_LINES and self._progress(board) >= (self._told + 1) / PLAIN_LINES
@@ -113,12 +120,12 @@ def show_summary(console: Console, summary: Mapping[str, Any], next_command: str
     table: Sequence[Mapping[str, Any]] = summary["table"]
     board = summary["board"]
     metric = board["metric"]
+    lines = list[str]()
     if table:
-        shown = table if console.is_terminal else table[:PLAIN_ROWS]
-        console.print(_final_table(shown, metric))
-        if len(shown) < len(table):
-            console.print(f"... and {len(table) - len(shown)} more stores, in the run's record", highlight=False)
-    lines = [f"(alone, shared: {metric} on the test set; stale: mean versions behind when folded)"] if table else []
+        whole = console.is_terminal or len(table) <= PLAIN_ROWS
+        show_stores(console, table, metric, whole=whole)
+        more = "" if whole else f"; all stores: raypipe versions {summary['run']}"
+        lines.append(f"(alone, shared: {metric} on the test set; stale: mean versions behind when folded{more})")
     alone = [row["alone"] for row in table if row["alone"] is not None]
     test = next(iter(summary["test"].values()), None)
     if test is not None:
@@ -133,10 +140,34 @@ def show_summary(console: Console, summary: Mapping[str, Any], next_command: str
         lines.append(
             f"moved: {megabytes(board['bytes_total'])} both ways; pooling the images moves {megabytes(pooled)} once"
         )
-    lines += [f"record: {summary['folder']}", *_tracked(summary["mlflow"])]
+    lines += [f"record: {summary['folder']}", *_tracked(summary["mlflow"], summary["run"])]
     lines += [f"ended: {summary['reason']}", *([f"next: {next_command}"] if summary["versions"] else [])]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(_one_line(line), highlight=False, soft_wrap=True, markup=False)
+
+
+def show_stores(console: Console, rows: Sequence[Mapping[str, Any]], metric: str, *, whole: bool = True) -> None:
+    """A row a store, as at a run's end; not `whole`: PLAIN_ROWS of them, the last one with all the others together."""
+    if not console.is_terminal:
+        console.width = max(console.width, PLAIN_WIDTH)
+    if not whole:
+        rest = rows[PLAIN_ROWS - 1 :]
+        rows = [*rows[: PLAIN_ROWS - 1], _together(rest)]
+    console.print(_final_table(rows, metric))
+
+
+def _together(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Many stores' rows as one: what adds up is added, staleness is the mean over updates, scores over stores."""
+
+    def mean(name: str) -> float | None:
+        there = [row[name] for row in rows if row[name] is not None]
+        return sum(there) / len(there) if there else None
+
+    total = {name: sum(row[name] for row in rows) for name in ("images", "speed", "updates", "steps", "share")}
+    late = sum(row["mean_staleness"] * row["updates"] for row in rows)
+    stale = late / total["updates"] if total["updates"] else 0.0
+    own = {"mean_staleness": stale, "alone": mean("alone"), "shared": mean("shared")}
+    return {"store": f"and {len(rows)} more", **total, **own}
 
 
 def _final_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
@@ -159,6 +190,11 @@ def _final_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
     return table
 
 
+def _one_line(text: str) -> str:
+    """As reasons and MLflow's troubles may hold more."""
+    return " ".join(text.splitlines())
+
+
 def _headline(board: Mapping[str, Any]) -> str:
     score = f", {board['metric']} {figure(board['metric'], board['score'])}" if board["score"] is not None else ""
     return f"version {board['version']}{score}, {board['updates']} updates, {megabytes(board['bytes_total'])} moved"
@@ -172,14 +208,14 @@ def _against(metric: str, test: float, alone: Sequence[float]) -> str:
     return f"; a model trained alone, mean of {len(alone)} stores: {figure(metric, mean)} ({better})"
 
 
-def _tracked(mlflow: Mapping[str, Any] | None) -> list[str]:
+def _tracked(mlflow: Mapping[str, Any] | None, run: str) -> list[str]:
     if mlflow is None:
         return []
     if mlflow["done"]:
         where = str(mlflow["where"])
         how = f"; to see it: mlflow ui --backend-store-uri {where}" if where.startswith("sqlite:") else ""
         return [f"MLflow: {where}{how}"]
-    return [f"MLflow is behind ({mlflow['trouble'] or 'busy'}): nothing is lost; later run: raypipe track last"]
+    return [f"MLflow is behind ({mlflow['trouble'] or 'busy'}): nothing is lost; later run: raypipe track {run}"]
 
 
 def versions_table(rows: Sequence[VersionRow], metric: str = "accuracy") -> Table:
