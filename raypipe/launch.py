@@ -247,11 +247,15 @@ def _ended(run: str, summary: Callable[[], Any]) -> tuple[str, bool]:
 def _watch(config: RunConfig, run: str, home: str | None, screen: Screen, *, again: bool) -> dict[str, Any]:
     import ray
 
+    def end() -> None:
+        screen.say("stopping; what was published is kept (Ctrl-C again: at once)")
+        actor.stop.remote("stopped by hand")
+
     try:
         actor = begin(config, run, home, _mlflow(), again=again)
     except ValueError:  # the name of its coordinator is taken
         raise RunError(f"run {run} is going on; --new begins another beside it") from None
-    stop = _StopKey(run, lambda: actor.stop.remote("stopped by hand"), lambda: _rest(actor))
+    stop = _StopKey(run, end, lambda: _rest(actor))
     try:
         with stop:
             return watch(actor, lambda state: screen.update(state["phase"], state["board"]), stop.check)

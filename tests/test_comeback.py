@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,7 +22,7 @@ from raypipe.ledger.receipts import read_receipts
 from raypipe.ledger.verify import verify
 from raypipe.tracking.book import run_folder
 from raypipe.tracking.journal import Journal
-from raypipe.tracking.lineage import History, read_history
+from raypipe.tracking.lineage import History, list_versions, read_history
 
 VERSIONS = 40
 SAID = ["stores=[{id: a}, {id: b}]", f"stop.max_versions={VERSIONS}", "train.local_epochs=0.3", "local.max_images=1500",
@@ -32,7 +33,8 @@ def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
     env = {**os.environ, "RAYPIPE_HOME": str(home), "RAY_TMPDIR": str(home)}
     env.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-m", "raypipe", "train", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **streams)
 
 
 def newest(home: Path) -> int:
@@ -111,3 +113,25 @@ def test_a_killed_coordinator_and_a_killed_machine_lose_nothing(home: Path) -> N
 
     over = start(home, "--resume", "last")
     assert f"is over: {VERSIONS} versions" in over.communicate(timeout=60)[0]
+
+
+def test_ctrl_c_ends_a_run_with_one_line_and_what_was_published_is_kept(home: Path) -> None:
+    running = start(home, "configs/sync.yaml", "--set", *SAID, "track.mlflow=false")
+    wait_for(lambda: running.poll() is not None or newest(home) >= 1, 90, "version 1")
+    children = processes(running)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to Ray's processes too
+    said = running.communicate(timeout=90)[0]
+    assert running.returncode == 0, said
+    assert [line for line in said.splitlines() if "stop" in line] == [
+        "stopping; what was published is kept (Ctrl-C again: at once)",
+        "ended: stopped by hand",
+    ]
+    assert "Traceback" not in said
+    history, folder = read_history(run_folder("last", home)), run_folder("last", home)
+    assert history.finished is not None
+    assert history.finished["status"] == "killed"
+    assert f"next: raypipe promote {folder.name} {history.best} --as champion" in said
+    newest_kept = list_versions(folder, check=True)[-1]
+    assert (newest_kept.version, newest_kept.kept, newest_kept.whole) == (newest(home), True, True)
+    assert 1 <= newest(home) < VERSIONS
+    wait_for(lambda: not any(child.is_running() for child in children), 20, "its processes have ended")
