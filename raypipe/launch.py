@@ -16,13 +16,14 @@ from typing import Any
 from raypipe.compose import compose
 from raypipe.config.load import to_dict
 from raypipe.config.schema import RunConfig
+from raypipe.data.debian import kept_package
 from raypipe.data.places import StoreSummary
 from raypipe.data.row_stores import make_row_stores
 from raypipe.data.sales import image_sales
 from raypipe.data.sample import full, load_sample
 from raypipe.data.shelves import make_shelves
 from raypipe.data.stores import make_stores
-from raypipe.data.tables import TABLES
+from raypipe.data.tables import TABLES, TableSource
 from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.placement.homes import raypipe_home
 from raypipe.prelude import prepare
@@ -112,13 +113,18 @@ def make_demo_stores(config: RunConfig, out: Path, source: str | None = None) ->
     """Private data sets as `local:` says; quick when they are there already.
 
     `source`: None for the bundled sample, else all of Fashion-MNIST as sample.full says. Of tables: None to fetch them
-    from the Debian archive, else the package's .deb or a folder where it is unpacked.
+    from the Debian archive, else the package's .deb or a folder where it is unpacked. A .deb is kept in the home.
     """
     if config.local is None:
         raise ConfigError("local: missing; it says what data sets to make")
     ids = [store.id for store in config.stores]
     if (sample := config.local.sample) in TABLES:
-        table = partial(TABLES[sample], None if source is None else Path(source), len(ids), config.seed)
+        given = None if source is None else Path(source)
+
+        def table() -> TableSource:
+            package = kept_package(sample, given, raypipe_home() / "data")
+            return TABLES[sample](package, len(ids), config.seed)
+
         return make_row_stores(out, ids, table, [sample, config.seed], data_name=config.data)
     if sample == "image-sales":
         local = config.local

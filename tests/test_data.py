@@ -478,12 +478,41 @@ def test_the_full_data_set_is_brought_once_from_debians_package(tmp_path: Path) 
         full(str(package), tmp_path / "elsewhere")
 
 
-def test_a_download_without_internet_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*arguments: Any, **settings: Any) -> None:
-        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nTried https://a\nTried https://b")
-
+def torchvision(monkeypatch: pytest.MonkeyPatch, download: Any) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", types.SimpleNamespace(FashionMNIST=offline))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", types.SimpleNamespace(FashionMNIST=download))
+
+
+def offline(*arguments: Any, **settings: Any) -> None:
+    raise RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nTried https://a\nTried https://b")
+
+
+def test_the_full_data_set_is_found_where_it_was_downloaded_or_downloaded_without_apt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "DEBIAN", tmp_path / "none")
+    monkeypatch.setenv("PATH", "")
+
+    def online(folder: str, *, download: bool) -> None:
+        (raw := Path(folder) / "FashionMNIST" / "raw").mkdir(parents=True, exist_ok=True)
+        for file in idx_folder(tmp_path / "idx").iterdir():
+            file.rename(raw / file.name)
+
+    torchvision(monkeypatch, online)
+    made = full(None, tmp_path / "kept")
+    torchvision(monkeypatch, offline)
+    assert full(None, tmp_path / "kept").content_hash == made.content_hash, "it is there"
+    next((tmp_path / "kept/FashionMNIST/raw").iterdir()).unlink()
+    with pytest.raises(RunError) as caught:
+        full(None, tmp_path / "kept")
+    assert caught.value.message == (
+        "this machine has no apt-get to fetch Debian's dataset-fashion-mnist; get dataset-fashion-mnist elsewhere, "
+        "then: raypipe data CONFIG --source FILE.deb; nor could torchvision download it"
+    )
+
+
+def test_a_download_without_internet_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torchvision(monkeypatch, offline)
     with pytest.raises(RunError) as caught:
         download_full(tmp_path)
     assert "\n" not in str(caught.value)

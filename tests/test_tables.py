@@ -16,7 +16,7 @@ import yaml
 
 from raypipe.aggregation.fold import Accumulator, Weighted
 from raypipe.data.dataset import open_data
-from raypipe.data.debian import lazy_load
+from raypipe.data.debian import kept_package, lazy_load
 from raypipe.data.row_stores import make_row_stores
 from raypipe.data.rows import write_rows
 from raypipe.data.sales import image_sales
@@ -313,6 +313,21 @@ def test_lending_club_is_read_from_a_lazy_load_database_and_states_stay_whole(tm
         lazy_load(root / "usr/lib/R/site-library/modeldata/data/Rdata.rdx", "ames")
     with pytest.raises(ConfigError, match="rows from 4 places only"):
         TABLES["lending-club"](root, 5, 0)
+
+
+def test_a_package_that_was_given_once_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    (given := tmp_path / "bayesm_3.1.deb").write_bytes(b"a package")
+    kept = kept_package("orange-juice", given, tmp_path / "kept")
+    given.unlink()
+    assert kept_package("orange-juice", None, tmp_path / "kept") == kept
+    assert kept.read_bytes() == b"a package"
+    assert kept_package("orange-juice", tmp_path, tmp_path / "kept") == tmp_path, "a folder stays where it is"
+    with pytest.raises(ConfigError, match=r"bayesm_3\.1\.deb: no such file"):
+        kept_package("orange-juice", given, tmp_path / "kept")
+    with pytest.raises(RunError, match=r"then: raypipe data CONFIG --source FILE\.deb$"):
+        kept_package("lending-club", None, tmp_path / "kept")
+    assert [file.name for file in (tmp_path / "kept").iterdir()] == ["r-cran-bayesm.deb"]
 
 
 def test_what_cannot_be_fetched_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

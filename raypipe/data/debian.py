@@ -48,6 +48,25 @@ def fetch(name: str, source: Path | None = None) -> dict[str, Any]:
         return _orange_juice(root) if name == "orange-juice" else _lending_club(root)
 
 
+def kept_package(name: str, source: Path | None, folder: Path) -> Path:
+    """Its .deb in this folder, brought there at the first time; or `source` where that is a folder.
+
+    `source` and errors as of `fetch`. So what `raypipe data` was once given, `raypipe train` finds.
+    """
+    if source is not None and source.suffix != ".deb":
+        return source
+    target = folder / f"{PACKAGES[name]}.deb"
+    if source is None and target.is_file():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as beside:
+        if source is not None and not source.is_file():
+            raise ConfigError(f"{source}: no such file")
+        found = _download(PACKAGES[name], Path(beside)) if source is None else Path(shutil.copy(source, beside))
+        found.rename(target)
+    return target
+
+
 def fetch_images(out: Path, source: Path | None = None) -> None:
     """Fashion-MNIST's four idx files into a folder; what is there is left alone. `source` and errors as of `fetch`."""
     if out.is_dir():
@@ -67,7 +86,7 @@ def _bring(name: str, source: Path | None, folder: Path) -> None:
 
 
 def _download(package: str, folder: Path) -> Path:
-    hint = f"get {package} elsewhere and name its .deb: --source FILE.deb"
+    hint = f"get {package} elsewhere, then: raypipe data CONFIG --source FILE.deb"
     if shutil.which("apt-get") is None:
         raise RunError(f"this machine has no apt-get to fetch Debian's {package}; {hint}")
     try:
@@ -75,7 +94,7 @@ def _download(package: str, folder: Path) -> Path:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=FETCH_S)
     except (subprocess.SubprocessError, OSError) as error:
         raise RunError(
-            f"Debian's {package} could not be fetched ({type(error).__name__}); is `apt-get update` done? Or {hint}"
+            f"Debian's {package} could not be fetched ({type(error).__name__}): do `apt-get update`, or {hint}"
         ) from None
     return next(folder.glob("*.deb"))
 

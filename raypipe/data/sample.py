@@ -46,6 +46,7 @@ CLASSES = (
 SCENE_BYTES = 9_400.0  # of a composed shelf as JPEG, mean of four stores
 SAMPLES = {"fashion-mnist": Path(__file__).parent / "fashion_mnist"}
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package puts it
+RAW = Path("FashionMNIST/raw")  # where torchvision puts it, below the folder that it is given
 SAMPLE_COUNTS = {"train": 12_000, "validation": 2_000, "test": 2_000}
 FULL_VALIDATION = 6_000
 SIZE = 28  # pixels
@@ -128,22 +129,33 @@ def download_full(folder: Path) -> Source:
             "Fashion-MNIST could not be downloaded; use the bundled sample, "
             "or install the Debian package dataset-fashion-mnist"
         ) from None
-    return load_full(folder / "FashionMNIST" / "raw")
+    return load_full(folder / RAW)
 
 
 def full(source: str | None, kept: Path) -> Source:
-    """All 70,000 images: of a folder of the idx files, a .deb, `download` (through torchvision), or (None) of Debian.
+    """All 70,000 images: of a folder of the idx files, a .deb, or `download` (through torchvision).
 
+    None: of Debian's folder, or what was fetched before, or Debian's package by apt-get, or torchvision's download.
     `kept`: the folder where what was fetched stays. Raises ConfigError, RunError.
     """
+    package, downloaded = kept / "fashion-mnist", kept / RAW
     if source == "download":
         return download_full(kept)
     if source is not None and not source.endswith(".deb"):
         return load_full(Path(source))
-    if source is None and DEBIAN.is_dir():
-        return load_full(DEBIAN)
-    fetch_images(kept / "fashion-mnist", None if source is None else Path(source))
-    return load_full(kept / "fashion-mnist")
+    if source is not None:
+        fetch_images(package, Path(source))
+        return load_full(package)
+    if there := next((folder for folder in (DEBIAN, package, downloaded) if _is_whole(folder)), None):
+        return load_full(there)
+    try:
+        fetch_images(package)
+    except RunError as error:
+        try:
+            return download_full(kept)
+        except RunError:
+            raise RunError(f"{error.message}; nor could torchvision download it") from None
+    return load_full(package)
 
 
 def make_sample(source: Source, folder: Path, *, seed: int = 0) -> None:
@@ -170,6 +182,11 @@ def encode_png(images: Pixels, *, level: int) -> list[bytes]:
 
 def _half(split: str) -> str:
     return "t10k" if split == "test" else "train"
+
+
+def _is_whole(folder: Path) -> bool:
+    """A download that was cut short lacks files."""
+    return all((folder / f"{name}.gz").is_file() or (folder / name).is_file() for name in _IDX.values())
 
 
 def _find(folder: Path, name: str) -> Path:
