@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from conftest import CLASSES, ROOT
 from test_site import write
 
@@ -25,7 +26,8 @@ from raypipe.config.schema import RunConfig
 from raypipe.coordinator.composition import Composition
 from raypipe.coordinator.loop import drive
 from raypipe.coordinator.tickets import AHEAD
-from raypipe.data.sample import load_sample
+from raypipe.data.dataset import open_data
+from raypipe.data.sample import encode_png, load_sample
 from raypipe.data.stores import make_stores
 from raypipe.errors import StoreUnreachable
 from raypipe.store import messages as msg
@@ -136,7 +138,9 @@ def run(
         if beside is not None:
             threading.Thread(target=beside, args=(made,), daemon=True).start()
         lane = asyncio.create_task(made.shell.run_lane())
-        keeping = [asyncio.create_task(made.shell.keep(name, port, 1.0, 1.0)) for name, port in ports.items()]
+        trains = {name: name != made.config.evaluate.central for name in ports}
+        kept = [made.shell.keep(name, port, 1.0, 1.0, trains=trains[name]) for name, port in ports.items()]
+        keeping = [asyncio.create_task(each) for each in kept]
         running = asyncio.create_task(
             drive(made.machine, made.shell.perform, made.shell.inbox, made.shell.clock, made.shell.note, made.first)
         )
@@ -212,18 +216,71 @@ def test_a_store_whose_policy_forbids_the_task_is_set_aside_at_once_with_its_rea
     assert "task" in aside["reason"]
 
 
-def test_a_users_own_model_and_loss_train_and_promote_like_ours(
+def test_a_users_own_model_loss_and_reader_train_and_promote_like_ours(
     stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from raypipe import registry
+    from raypipe.tracking.follow import follow
+    from raypipe.tracking.registry import predict, promote
 
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "own_parts"))
     registry._entry_points.cache_clear()
+    shutil.copytree(stores, tmp_path / "stores")
+    photos = as_photos(tmp_path / "stores" / "b")
     task = {"name": "classification", "classes": CLASSES, "image_size": 28, "channels": 1, "loss": "own_squared"}
     said = config(task=task, model={"name": "own_linear", "dropout": 0.1})
-    made = run(said, tmp_path, {n: SitePort(stores / n) for n in NAMES})
+    made = run(said, tmp_path, {n: SitePort(tmp_path / "stores" / n) for n in NAMES})
     assert made.machine.version == 2
     assert made.read(2).tobytes() != made.read(0).tobytes()
+    (joined,) = [r for r in records(tmp_path, "store_joined") if r["store"] == "b"]
+    assert joined["counts"] == photos
+    contributions = [c for v in records(tmp_path, "version_published") for c in v["contributions"]]
+    assert [c["examples"] > 0 for c in contributions if c["store"] == "b"] == [True, True]
+
+    folder = tmp_path / "runs" / "run"
+    follow(folder, home=tmp_path, patience_s=30)
+    assert promote(folder, 2, home=tmp_path).uri == "models:/shell@champion"
+    image = next((tmp_path / "stores/b/photos/train").iterdir())
+    (found,) = predict("models:/shell@champion", [image], home=tmp_path)
+    assert found.label in CLASSES
+    registry._entry_points.cache_clear()
+
+
+def as_photos(store: Path) -> dict[str, int]:
+    """Its data set as a user's own tree of files, and its policy naming the reader for it; images by split."""
+    data, counts = open_data(store / "data" / "products", name="products"), {}
+    for split in ("train", "validation"):
+        labels = data.split(split).labels
+        pixels, _ = data.split(split).decode(np.arange(len(labels)), size=28, channels=1)
+        (folder := store / "photos" / split).mkdir(parents=True)
+        for number, (label, image) in enumerate(zip(labels, pixels[:, 0], strict=True)):
+            (folder / f"{CLASSES[label].replace('/', '_')}-{number}.png").write_bytes(
+                encode_png(image[None], level=1)[0]
+            )
+        counts[split] = len(labels)
+    policy = yaml.safe_load((store / "policy.yaml").read_text())
+    own = {"folder": "photos", "reader": "own_photos", "names": {"T-shirt_top": "T-shirt/top"}}
+    policy["data"]["products"] = own
+    (store / "policy.yaml").write_text(yaml.safe_dump(policy))
+    shutil.rmtree(store / "data")
+    return counts
+
+
+def test_a_central_validation_set_alone_judges_and_nobody_trains_on_it(stores: Path, tmp_path: Path) -> None:
+    sample, split = load_sample(), {"name": "iid"}
+    make_stores(tmp_path / "head", ["centre"], source=sample, split=split, camera_shift=0.0, max_images=100, seed=9)
+    ports = {n: SitePort(stores / n) for n in NAMES} | {"centre": SitePort(tmp_path / "head" / "centre")}
+    made = run(config(evaluate={"central": "centre"}), tmp_path, ports)
+    judged = records(tmp_path, "evaluated")
+    assert {store for r in judged for store in r["stores"]} == {"centre"}
+    assert judged[-1]["version"] == 2
+    assert {c["store"] for v in records(tmp_path, "version_published") for c in v["contributions"]} == {*NAMES}
+    plan = made.stages.at(2).plan
+    seen = ports["centre"].site.evaluate(plan, made.read(2), "validation", made.epoch)
+    assert judged[-1]["num_examples"] == seen.num_examples > 0
+    assert judged[-1]["metrics"]["accuracy"] == pytest.approx(seen.sums["accuracy"] / seen.num_examples)
+    assert made.machine.scores.best is not None
+    assert made.machine.scores.best[1] == pytest.approx(max(r["metrics"]["accuracy"] for r in judged))
 
 
 @pytest.mark.parametrize("cache_bytes", [1 << 20, 0], ids=["cached", "decoded per batch"])
