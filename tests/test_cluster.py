@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT, STORES, Place
@@ -40,7 +46,7 @@ class Federation:
         from raypipe.coordinator.actor import CoordinatorActor
         from raypipe.placement.actor import NAMESPACE
 
-        self._ray = ray
+        self._ray, self.address = ray, cluster.address
         self.run = new_run_id(config["name"], time.time())
         said = RunConfig.model_validate(config).model_dump(mode="json")
         named: Any = CoordinatorActor.options(
@@ -178,6 +184,12 @@ def test_a_frozen_and_a_killed_store_end_no_run_and_are_taken_in_again(cluster: 
     assert [v["version"] for v in versions] == list(range(summary["versions"] + 1))
 
 
+def told(verb: str, federation: Federation, *more: str) -> subprocess.Popen[str]:
+    """`raypipe VERB RUN ...`, as an operator says it."""
+    command = [sys.executable, "-m", "raypipe", verb, federation.run, *more, "--address", federation.address]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
 def test_stores_join_and_leave_and_classes_change_while_it_runs(cluster: Place) -> None:
     config = cluster.config(
         pace="fedbuff", pacing={"buffer_size": 2, "quorum": 2}, stop={"max_versions": 4000}, train={"local_steps": 2}
@@ -188,19 +200,19 @@ def test_stores_join_and_leave_and_classes_change_while_it_runs(cluster: Place) 
     with connected(cluster):
         federation = Federation(cluster, config)
         federation.until(lambda board: board["version"] >= 1 and state(board, "shop-4"))
-        ray.get(federation.actor.join.remote({"id": "shop-5", "cpus": 0.2}))
-        ray.get(federation.actor.leave.remote("shop-4"))
+        joining = told("join", federation, "shop-5", "--cpus", "0.2")
+        leaving = told("leave", federation, "shop-4")
+        assert (joining.wait(60), leaving.wait(60)) == (0, 0)
         federation.until(lambda board: next((r["updates"] for r in board["rows"] if r["store"] == "shop-5"), 0) >= 2)
         federation.until(lambda board: state(board, "shop-4") == "gone")
         changed = ray.get(federation.actor.classes.remote({"add": ["Cap"], "retire": ["Bag"]}, None))
         federation.until(lambda board: board["version"] >= changed + 5)
-        command = [sys.executable, "-m", "raypipe", "classes", federation.run, "--address", cluster.address]
-        said = [*command, "--retire", "Bag"]
-        refused = subprocess.run(said, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-        ray.get(federation.actor.stop.remote("seen enough"))
+        refused = told("classes", federation, "--retire", "Bag")
+        errors = refused.communicate(timeout=60)[1]
+        assert told("stop", federation).wait(60) == 0
         summary = federation.result()
     assert refused.returncode == 2
-    (line,) = refused.stderr.splitlines()
+    (line,) = errors.splitlines()
     assert line.startswith("raypipe: classes from version ")
     assert "retire: no class named 'Bag'" in line
     versions = federation.records("version_published")
@@ -208,51 +220,85 @@ def test_stores_join_and_leave_and_classes_change_while_it_runs(cluster: Place) 
     assert versions[changed]["classes"]["task"]["gone"] == {"Bag": None}
     assert {c["base"] for v in versions[changed:] for c in v["contributions"]} & {changed, changed + 1}
     assert not federation.records("store_set_aside")
-    assert summary["reason"] == "seen enough"
+    assert summary["reason"] == "stopped by hand"
     assert federation.records("run_finished")[0]["status"] == "killed"
 
 
-def test_what_a_store_holds_appears_nowhere_else_even_when_it_fails(cluster: Place) -> None:
-    canary = "CANARY-7f3a91"
-    _plant(cluster.stores / "shop-3", canary)
+CANARY = "CANARY-7f3a91"
+
+
+def test_what_a_store_holds_appears_nowhere_else_whether_it_trains_or_fails(cluster: Place) -> None:
     config = cluster.config(name="canary", stop={"max_versions": 2}, pacing={"max_failures": 1, "quorum": 4})
-    with connected(cluster):
+    planted = {"shop-3": _unreadable, "shop-4": _with_text, "shop-5": _whole}
+    with ExitStack() as plants, connected(cluster):
+        for store, spoil in planted.items():
+            plants.enter_context(_planted(cluster.stores / store, spoil, of_its_class=store == "shop-5"))
+            assert any(CANARY.encode() in _content(p) for p in (cluster.stores / store).rglob("*.parquet"))
         federation = Federation(cluster, config)
         printed = [str(federation.until(lambda board: board["version"] >= 1))]
         printed += [str(federation.board()), str(federation.result())]
-    _unplant(cluster.stores / "shop-3", canary)
-    assert [r["store"] for r in federation.records("store_set_aside")] == ["shop-3"], "the planted store failed"
+    aside = {r["store"]: r["reason"] for r in federation.records("store_set_aside")}
+    assert set(aside) == {"shop-3", "shop-5"}, "images that cannot be read, and a class that nobody knows"
+    assert "read" in aside["shop-3"]
+    assert "class" in aside["shop-5"]
+    trained = {c["store"] for v in federation.records("version_published") for c in v["contributions"]}
+    assert "shop-4" in trained
     places = [p for p in [*cluster.home.rglob("*"), *(cluster.folder / "c").rglob("*")] if p.is_file()]
-    found = [p for p in places if canary.encode() in _content(p)]
+    found = [p for p in places if CANARY.encode() in _content(p)]
     assert len(places) > 20
     assert found == []
-    assert all(canary not in text for text in printed)
+    assert all(CANARY not in text for text in printed)
 
 
-def _plant(store: Path, canary: str) -> None:
-    """A data set at another path that holds the canary in its folder's name, an image's bytes and a class name."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _unreadable(image: bytes) -> bytes:
+    return CANARY.encode() + image[:20]
 
-    policy = store / "policy.yaml"
-    (store / "policy.kept").write_text(policy.read_text())
-    (store / "data" / "products").rename(store / "data" / canary)
-    policy.write_text(policy.read_text().replace("data/products", f"data/{canary}"))
-    file = store / "data" / canary / "train.parquet"
+
+def _whole(image: bytes) -> bytes:
+    return image
+
+
+def _with_text(image: bytes) -> bytes:
+    """The same PNG with the canary in a tEXt chunk after its header."""
+    body = b"tEXtComment\0" + CANARY.encode()
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    return image[:33] + chunk + image[33:]
+
+
+@contextmanager
+def _planted(store: Path, spoil: Callable[[bytes], bytes], *, of_its_class: bool) -> Iterator[None]:
+    """The canary in the data set's folder, each image's id, a class's name, and in the images as `spoil` does it.
+
+    `of_its_class`: there are images of that class; else none are.
+    """
+    policy, data = store / "policy.yaml", store / "data"
+    kept = policy.read_text()
+    shutil.copytree(data / "products", data / CANARY)
+    file = data / CANARY / "train.parquet"
     table = pq.read_table(file)
-    images = table.column("image").to_pylist()
-    spoiled = [canary.encode() + image[:20] for image in images]  # unreadable, all of them
-    column = pa.array(spoiled, pa.binary()).cast(table.schema.field("image").type)
-    table = table.set_column(table.schema.get_field_index("image"), table.schema.field("image"), column)
-    (store / "data" / canary / "train.kept").write_bytes(file.read_bytes())
-    pq.write_table(table.replace_schema_metadata(table.schema.metadata), file)
-
-
-def _unplant(store: Path, canary: str) -> None:
-    folder = store / "data" / canary
-    (folder / "train.kept").rename(folder / "train.parquet")
-    folder.rename(store / "data" / "products")
-    (store / "policy.kept").rename(store / "policy.yaml")
+    metadata = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
+    classes = json.loads(metadata["raypipe.classes"])
+    numbers = table.column("label").to_pylist()
+    if of_its_class:
+        classes[numbers[0]] = CANARY
+        for split in ("validation", "test"):  # one list holds for all
+            (data / CANARY / f"{split}.parquet").unlink()
+    else:
+        classes.append(CANARY)
+    columns = {
+        "image": [spoil(image) for image in table.column("image").to_pylist()],
+        "image_id": [f"{CANARY}-{number}" for number in range(len(table))],
+    }
+    for name, values in columns.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+    pq.write_table(table.replace_schema_metadata({**metadata, "raypipe.classes": json.dumps(classes)}), file)
+    policy.write_text(kept.replace("data/products", f"data/{CANARY}"))
+    try:
+        yield
+    finally:
+        policy.write_text(kept)
+        shutil.rmtree(data / CANARY)
 
 
 def _content(path: Path) -> bytes:
