@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from conftest import CLASSES
 from test_resume import last_record, make, start
 from test_shell import NAMES, SitePort, config, run
 
@@ -21,6 +22,7 @@ from raypipe.replay import Replay
 from raypipe.tracking.backup import backup, restore
 from raypipe.tracking.journal import FILE, Journal
 from raypipe.tracking.lineage import read_history
+from raypipe.tracking.versions import VersionStore
 
 TRACK = {"mlflow": False, "keep_last": 3, "keep_every": 5}
 KINDS: Any = ["version_published", "version_withdrawn"]
@@ -213,3 +215,64 @@ def test_a_run_whose_newest_weights_are_damaged_goes_on_from_the_version_before_
     again = list(Replay(home / "runs" / "run", home / "stores").versions())
     assert [m.version for m in again] == [0, 1, 2, 3, 4, 4]
     assert all(m.same for m in again), "also the version that was withdrawn"
+
+
+def test_a_run_is_tracked_promoted_used_and_rolled_back_by_the_command(
+    ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copytree(ended / "runs", tmp_path / "runs")
+    folder = tmp_path / "runs" / "run"
+    best = read_history(folder).best
+    other = next(version for version in VersionStore(folder / "versions").kept() if version not in (0, best))
+    image = np.zeros((28, 28), np.uint8)
+    image[6:22, 10:18] = 200
+    cv2.imwrite(str(tmp_path / "image.png"), image)
+
+    def said(*arguments: str) -> list[str]:
+        assert command(tmp_path, *arguments) == 0, capsys.readouterr().err
+        return capsys.readouterr().out.splitlines()
+
+    (line,) = said("track", "last")
+    assert line == f"sqlite:///{tmp_path}/mlflow.db"
+    assert said("promote", "last", "best", "--as", "champion") == ["models:/shell@champion is now version 1 of shell"]
+    (marked,) = [line for line in said("versions", "last") if "promoted" in line]
+    assert marked.split()[0] == f"v{best}"
+    assert marked.endswith("kept, promoted, best")
+    label, probability = by_hand(folder, best, image)
+    found = said("predict", "models:/shell@champion", str(tmp_path / "image.png"))
+    assert found == [f"{tmp_path / 'image.png'}  {label}  {probability:.1%}"]
+    assert said("promote", "run", str(other)) == [
+        "models:/shell@champion is now version 2 of shell (before: version 1)"
+    ]
+    assert said("rollback", "shell") == ["models:/shell@champion is version 1 again (it was 2)"]
+    assert said("predict", "models:/shell@champion", str(tmp_path / "image.png")) == found
+    assert said("track", "run") == [line], "nothing is told twice"
+
+    table = [{**ROW, "store": f"store-{number}"} for number in range(9)]
+    final: Any = {"best_version": best, "test": {}, "table": table, "reason": "enough"}
+    journal = Journal(folder / FILE, write=True)
+    journal.append("final", final, 1.0)
+    journal.close()
+    assert sum(line.startswith("store-") for line in said("versions", "run")) == 9, "more than the screen showed"
+
+
+ROW = {"images": 10, "speed": 1.0, "updates": 2, "steps": 4, "share": 0.1, "mean_staleness": 0.0, "alone": 0.5,
+       "shared": 0.7}  # fmt: skip
+
+
+def by_hand(folder: Path, version: int | None, image: np.ndarray) -> tuple[str, float]:
+    """The label of a version's plain weights and how sure it is of it."""
+    import torch
+
+    from raypipe.models import build_for
+    from raypipe.tasks import tasks
+
+    assert version is not None
+    said = read_history(folder).run()["config"]
+    module = build_for(tasks.build(said["task"]), said["model"]).eval()
+    weights = VersionStore(folder / "versions").read(version)
+    module.load_state_dict({name: torch.from_numpy(np.array(tensor)) for name, tensor in weights.items()})
+    with torch.inference_mode():
+        chances = module((torch.from_numpy(image)[None, None].float() / 255 - 0.5) / 0.25).softmax(1)[0]
+    return CLASSES[int(chances.argmax())], float(chances.max())
