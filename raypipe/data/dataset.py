@@ -1,7 +1,7 @@
 """What a trainer sees of a store's data set, whatever format lies underneath.
 
 A reader is a function `(folder, name) -> StoreData`. A user's own comes in by package entry point in the group
-`raypipe.reader`; `decode.decode_images` does the image part for it.
+`raypipe.reader`; `files.of_files` makes its data set from image files, `decode.decode_images` pixels from them.
 """
 
 from __future__ import annotations
