@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+import raypipe  # noqa: F401  # before any test imports OpenCV, which reads its limits once
+
 ROOT = Path(__file__).resolve().parent.parent
 STORES = [f"shop-{i}" for i in range(1, 6)]
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
