@@ -190,12 +190,13 @@ def _import(options: argparse.Namespace, console: Console) -> int:
     classes = [name.strip() for name in options.classes.split(",") if name.strip()] if options.classes else None
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("images", total=len(source))
+        total = len(source)
+        bar = progress.add_task("images", total=total)
         report = ingest(
             *(options.folder, source, options.to),
             classes=classes,
             shares=shares,
-            see=lambda done: progress.update(bar, completed=done),
+            see=lambda done: progress.update(bar, completed=min(done, total)),  # labels without image are seen too
         )
     for line in report.lines():
         console.print(line, highlight=False, markup=False, soft_wrap=True)

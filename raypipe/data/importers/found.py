@@ -26,7 +26,7 @@ class FoundBox:
 class Candidate:
     """An image of the source: its path inside the folder, which is its id, and a label or boxes.
 
-    `size`: width and height as the source states them; boxes in pixels mean those, before any EXIF rotation.
+    `size`: width and height as the source states them; boxes in pixels mean those (see boxes.py for EXIF rotations).
     """
 
     path: Path
@@ -35,6 +35,7 @@ class Candidate:
     split: str | None = None  # as the source says
     size: tuple[int, int] | None = None
     problems: Sequence[str] = ()  # of boxes that could not be read, counted; the image is taken all the same
+    notes: Sequence[str] = ()  # what is unusual about it, counted when it is taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,11 @@ class Skipped:
     where: str
     reason: str
 
+
+TWICE = "one image id twice: the first is taken"
+NO_IMAGE = "labels without an image"
+NOT_THERE = "an image that is not there"
+NO_NUMBER = "a box whose sides are not numbers"
 
 Found: TypeAlias = Candidate | Skipped
 

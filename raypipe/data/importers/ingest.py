@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,10 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from raypipe.data.importers.found import Candidate, FoundBox, Skipped, Source
+from raypipe.data.importers.boxes import drawn
+from raypipe.data.importers.found import TWICE, Candidate, Skipped, Source
+from raypipe.data.importers.known import MARK, boxes_mark, images_there, label_mark, mark
 from raypipe.data.importers.picture import Picture, read_picture
 from raypipe.data.importers.safe import Refused, inside
 from raypipe.data.parquet import parquet, parts_of
@@ -30,8 +28,7 @@ from raypipe.errors import ConfigError, RunError
 
 EXAMPLES = 3  # of each reason, named in the report
 SHARES = {"validation": 0.1, "test": 0.1}  # of images whose source says no split, by a hash of their id
-LEAST_SIDE = 1.0  # pixels, of a box
-ROUNDING = 1.0  # pixels beyond the image that are cut off without a word
+NO_CLASS = "a class that is not in the list"
 
 
 def held_out(text: str) -> dict[str, float]:
@@ -62,7 +59,7 @@ class Report:
         which[why] += 1
         named = self.examples.setdefault(why, [])
         if len(named) < EXAMPLES:
-            named.append(where)
+            named.append(where.encode("utf-8", "backslashreplace").decode())  # a name on a disk need not be text
 
     def lines(self) -> list[str]:
         """For a person, at the store."""
@@ -124,7 +121,8 @@ class _Ingest:
         self._place = {name: place for place, name in enumerate(known)}
         for name in source.classes if classes is None else classes:
             self._label(name, grow=True)
-        self._ids = _ids(out)
+        self._there = images_there(out)
+        self._seen: set[str] = set()  # in this run
         self._writers: dict[str, SplitWriter] = {}
         self._files: list[tuple[Path, Path]] = []
 
@@ -138,13 +136,11 @@ class _Ingest:
 
     def run(self, see: Callable[[int], None]) -> Report:
         with ExitStack() as stack:
-            done = 0
-            for found in self._source:
+            for done, found in enumerate(self._source, 1):
                 if isinstance(found, Skipped):
                     self.report.count(self.report.left_out, found.reason, found.where)
-                    continue
-                self._one(found, stack)
-                done += 1
+                else:
+                    self._one(found, stack)
                 see(done)
             if not parts_of(self._out, "train"):
                 self._writer("train", stack)  # a data set has one, and be it empty
@@ -159,62 +155,64 @@ class _Ingest:
     def _one(self, found: Candidate, stack: ExitStack) -> None:
         name, report = found.path.as_posix(), self.report
         try:
+            if not _is_text(name):
+                raise Refused("its name is not text in UTF-8")
+            if name in self._seen:
+                raise Refused(TWICE)
             picture = read_picture(inside(self._root, found.path))
-            digest = hashlib.sha256(picture.data).digest()
-            if name in self._ids:
-                if self._ids[name] == digest[:8]:
-                    report.before += 1
-                    return
-                raise Refused("one image id twice with other bytes: the first is kept")
-            label = self._label(found.label) if found.label is not None else None
-            if not self._source.boxes and label is None:
-                raise Refused("a class that is not in the list")
-            if found.size is not None and found.size != (picture.width, picture.height):
-                raise Refused("its labels are for another size than the image has when it stands upright")
+            if name in self._there:
+                self._again(name, found, picture)
+            else:
+                self._take(name, found, picture, stack)
+            self._seen.add(name)
         except Refused as refused:
             report.count(report.left_out, str(refused), name)
-            return
-        for problem in found.problems:
+
+    def _again(self, name: str, found: Candidate, picture: Picture) -> None:
+        """An image that is there from before: it stays as it is. Raises Refused where its bytes are others."""
+        there, report = self._there[name], self.report
+        if not there.startswith(mark(picture.data)):
+            raise Refused("one image id twice with other bytes: the first is kept")
+        report.before += 1
+        if there[MARK:] != self._truth(found, picture):
+            report.count(report.notes, "its labels are not those that it is there with, which stay", name)
+
+    def _truth(self, found: Candidate, picture: Picture) -> bytes | None:
+        """The mark of what this run would say of it; None where it would not take it. No class is added for it."""
+        place = self._place.get
+        try:
+            boxes = [(place(b.name), (b.x, b.y, b.w, b.h), b.crowd or b.difficult) for b in drawn(found, picture).boxes]
+        except Refused:
+            return None
+        if not self._source.boxes:
+            label = place(found.label or "")
+            return None if label is None else label_mark(label)
+        if not self._fixed and any(label is None for label, _, _ in boxes):
+            return None
+        kept = [box for box in boxes if box[0] is not None]
+        return boxes_mark([label for label, _, _ in kept], [s for _, s, _ in kept], [i for _, _, i in kept])
+
+    def _take(self, name: str, found: Candidate, picture: Picture, stack: ExitStack) -> None:
+        """A new image. Raises Refused."""
+        report, plan = self.report, drawn(found, picture)
+        label = self._label(found.label) if found.label is not None else None
+        if not self._source.boxes and label is None:
+            raise Refused(NO_CLASS)
+        boxes = []
+        for box in plan.boxes:
+            number = self._label(box.name)
+            if number is None:
+                plan.left_out.append(NO_CLASS)
+            else:
+                boxes.append(Box(number, box.x, box.y, box.w, box.h, box.crowd, box.difficult))
+        for problem in plan.left_out:
             report.count(report.boxes_left_out, problem, name)
-        boxes = self._boxes(found, picture)
-        for note in picture.notes:
+        for note in (*picture.notes, *found.notes, *plan.notes):
             report.count(report.notes, note, name)
-        self._ids[name] = digest[:8]
         split = found.split or self._split(name)
         self._writer(split, stack).add(Example(name, picture.data, picture.width, picture.height, label, boxes))
         report.images[split] += 1
         report.boxes += len(boxes)
-
-    def _boxes(self, found: Candidate, picture: Picture) -> list[Box]:
-        boxes = []
-        for box in found.boxes:
-            try:
-                boxes.append(self._box(box, picture, found.path.as_posix()))
-            except Refused as refused:
-                self.report.count(self.report.boxes_left_out, str(refused), found.path.as_posix())
-        return boxes
-
-    def _box(self, box: FoundBox, picture: Picture, where: str) -> Box:
-        """In pixels, cut to the image. Raises Refused."""
-        wide, high = picture.width, picture.height
-        sides = (box.x, box.y, box.w, box.h)
-        if not all(map(math.isfinite, sides)):
-            raise Refused("a side that is not a finite number")
-        across, down = (wide, high) if box.relative else (1, 1)
-        x, y, w, h = box.x * across, box.y * down, box.w * across, box.h * down
-        if w <= 0 or h <= 0:
-            raise Refused("no area")
-        left, top, right, bottom = max(0.0, x), max(0.0, y), min(float(wide), x + w), min(float(high), y + h)
-        if right <= left or bottom <= top:
-            raise Refused("outside the image")
-        if right - left < LEAST_SIDE or bottom - top < LEAST_SIDE:
-            raise Refused("less than a pixel of it in the image")
-        if left - x + (x + w - right) > ROUNDING or top - y + (y + h - bottom) > ROUNDING:
-            self.report.count(self.report.notes, "a box that reached beyond the image was cut", where)
-        label = self._label(box.name)
-        if label is None:
-            raise Refused("a class that is not in the list")
-        return Box(label, left, top, right - left, bottom - top, box.crowd, box.difficult)
 
     def _label(self, name: str, *, grow: bool = False) -> int | None:
         """Its number; None for one that is not in a fixed list, or has no name."""
@@ -243,17 +241,10 @@ class _Ingest:
         return self._writers[split]
 
 
-def _ids(out: Path) -> dict[str, bytes]:
-    """Id -> the first 8 bytes of the sha256 of each image there, read group by group."""
-    found: dict[str, bytes] = {}
-    for path in (path for split in SPLITS for path in parts_of(out, split)):
-        file = pq.ParquetFile(pa.memory_map(str(path)))
-        boxed = "sha256" in file.schema_arrow.names
-        for batch in file.iter_batches(256, columns=["image_id", "sha256" if boxed else "image"]):
-            ids, images = [str(name) for name in batch.column(0).to_pylist()], batch.column(1)
-            hashes = (cell.as_buffer() for cell in images)
-            found |= {
-                name: bytes(cell)[:8] if boxed else hashlib.sha256(cell).digest()[:8]
-                for name, cell in zip(ids, hashes, strict=True)
-            }
-    return found
+def _is_text(name: str) -> bool:
+    """Whether it can be written down: a name on a disk may hold any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

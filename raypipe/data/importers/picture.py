@@ -8,24 +8,27 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from raypipe import MOST_PIXELS
 from raypipe.data.decode import JPEG, PNG, is_whole
+from raypipe.data.importers.exif import QUARTER_TURNS, orientation, segments
 from raypipe.data.importers.safe import Refused
 
 MOST_BYTES = 64 << 20  # of a file
-MOST_PIXELS = 100_000_000
 SMALLEST = 2  # pixels, of the shorter side
 LONGEST = 100  # times the shorter side
+NO_PICTURE = "not an image that can be decoded"
+TOO_LARGE = f"more than {MOST_PIXELS // 10**6} million pixels"
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # JPEG segments that hold the size
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An image as it will be stored. Width and height are after EXIF rotation; `turned`: a quarter turn was in it."""
+    """An image as it will be stored. Width and height are as it is seen, after `orientation` (EXIF's, 1 to 8)."""
 
     data: bytes
     width: int
     height: int
-    turned: bool
+    orientation: int
     notes: tuple[str, ...]  # what was unusual and how it is handled
 
 
@@ -45,28 +48,33 @@ def read_picture(path: Path) -> Picture:
         raise Refused("not a whole image")
     width, height = _stated(raw) if known else (0, 0)
     if width * height > MOST_PIXELS:
-        raise Refused(f"more than {MOST_PIXELS // 10**6} million pixels")
+        raise Refused(TOO_LARGE)
     pixels = _decoded(raw)
     high, wide = pixels.shape[:2]
     if min(wide, high) < SMALLEST or max(wide, high) > LONGEST * min(wide, high):
         raise Refused(f"a side is shorter than {SMALLEST} pixels, or the other more than {LONGEST} times as long")
-    notes = _notes(raw)
+    how, notes = orientation(raw), _notes(raw)
+    if width and (wide, high) != ((height, width) if how in QUARTER_TURNS else (width, height)):
+        raise Refused("its EXIF rotation is not the one that it is seen with")
+    if how != 1:
+        notes = (*notes, "seen as its EXIF rotation says")
     if not known:
-        raw, notes = (
-            cv2.imencode(".png", pixels)[1].tobytes(),
-            (*notes, "stored as PNG, since it was neither PNG nor JPEG"),
-        )
-    turned = known and (wide, high) == (height, width) and width != height
-    return Picture(raw, wide, high, turned, (*notes, "seen as its EXIF rotation says") if turned else notes)
+        raw = cv2.imencode(".png", pixels)[1].tobytes()
+        notes = (*notes, "stored as PNG, since it was neither PNG nor JPEG")
+    return Picture(raw, wide, high, how, notes)
 
 
 def _decoded(raw: bytes) -> np.ndarray:
+    """Pixels, turned upright. OpenCV itself refuses too many, from the header and before it takes memory for them:
+    BMP, WebP, TIFF have no other check (see raypipe/__init__.py)."""
     try:
         pixels = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:
-        pixels = None
+    except cv2.error as error:
+        raise Refused(TOO_LARGE if "MAX_IMAGE_PIXELS" in str(error) else NO_PICTURE) from None
     if pixels is None:
-        raise Refused("not an image that can be decoded")
+        raise Refused(NO_PICTURE)
+    if pixels.shape[0] * pixels.shape[1] > MOST_PIXELS:  # somebody has set a higher limit
+        raise Refused(TOO_LARGE)
     return np.asarray(pixels)
 
 
@@ -84,12 +92,7 @@ def _height(raw: bytes, frame: int) -> int:
 
 def _frame(raw: bytes) -> int | None:
     """Where the JPEG segment with the size has its length."""
-    at = 2
-    while at + 9 < len(raw) and raw[at] == 0xFF:
-        if raw[at + 1] in _FRAMES:
-            return at + 2
-        at += 1 if raw[at + 1] == 0xFF else 2 + int.from_bytes(raw[at + 2 : at + 4], "big")
-    return None
+    return next((at for marker, at in segments(raw) if marker in _FRAMES and at + 8 <= len(raw)), None)
 
 
 def _notes(raw: bytes) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 CHUNK = 1 << 20  # characters read of a JSON file at a time
 MOST_XML = 4 << 20  # bytes of one XML file
 MOST_TEXT = 4 << 20  # bytes of one YOLO label file
+MOST_NAMES = 64 << 20  # bytes of one list of images
 
 
 class Refused(Exception):
@@ -33,21 +34,71 @@ def inside(root: Path, name: str | Path) -> Path:
     return path
 
 
-def image_files(folder: Path, *, below: bool = True) -> Iterator[Path]:
-    """Images in a folder, in the order of their names, links to other folders not followed; one folder at a time."""
-    entries = sorted(folder.iterdir(), key=lambda p: p.name)
+def found_inside(root: Path, path: Path) -> Path:
+    """A file or folder that was found, not named by a person. Raises ConfigError for a link that leaves the folder."""
+    try:
+        return inside(root, path.relative_to(root))
+    except Refused as refused:
+        where = path.relative_to(root).as_posix()
+        raise ConfigError(f"{where}: {refused}; put into the folder what it leads to") from None
+
+
+def named_file(path: Path) -> Path:
+    """A file that a person named, wherever it lies. Raises ConfigError where it is none, but a folder or a device."""
+    if not path.is_file():
+        raise ConfigError(f"--annotations {path}: not a file")
+    return path
+
+
+def look_for(root: Path, folders: Sequence[Path], name: str, missing: str) -> Path:
+    """Where the first of these folders of `root` has the file, as a path below `root`: one spelling for one file.
+
+    Raises Refused: it lies elsewhere, or (in the words of `missing`) nowhere.
+    """
+    why = None
+    for folder in folders:
+        try:
+            whole = inside(root, folder / name)
+        except Refused as refused:
+            why = why or refused
+            continue
+        if is_there(whole):
+            own = folder / name
+            plain = not own.is_absolute() and ".." not in own.parts
+            return own if plain else whole.resolve().relative_to(root.resolve())
+    raise why or Refused(missing)
+
+
+def is_there(path: Path) -> bool:
+    """Whether it is a file; a name that the file system cannot hold is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def image_files(folder: Path, *, strict: bool = True) -> Iterator[Path]:
+    """Images in a folder, in the order of their names, links to other folders not followed; one folder at a time.
+
+    Raises ConfigError for a folder that may not be read, unless such are to be passed over.
+    """
+    try:
+        entries = sorted(folder.iterdir(), key=lambda p: p.name)
+    except OSError as error:
+        if not strict:
+            return
+        raise ConfigError(f"the folder {folder.name} cannot be read: {error.strerror}") from None
     for path in entries:
         if path.is_file() and path.suffix.lower() in IMAGES:
             yield path
-    for path in entries if below else []:
+    for path in entries:
         if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
-            yield from image_files(path)
+            yield from image_files(path, strict=strict)
 
 
 def parse_xml(path: Path) -> ElementTree.Element:
     """A small XML file. Raises Refused for a document type, which could define entities, and for what is not XML."""
-    if path.stat().st_size > MOST_XML:
-        raise Refused(f"its XML is larger than {MOST_XML >> 20} MiB")
+    raw = read_bytes(path, MOST_XML, "its XML is")
     builder = ElementTree.TreeBuilder()
     parser = expat.ParserCreate()
 
@@ -60,20 +111,30 @@ def parse_xml(path: Path) -> ElementTree.Element:
     parser.EndElementHandler = builder.end
     parser.CharacterDataHandler = builder.data
     try:
-        parser.Parse(path.read_bytes(), True)
+        parser.Parse(raw, True)
         return builder.close()
     except (expat.ExpatError, AssertionError, ValueError):
         raise Refused("its XML is not well formed") from None
 
 
-def read_text(path: Path) -> str:
-    """A small text file. Raises Refused."""
-    if path.stat().st_size > MOST_TEXT:
-        raise Refused(f"its labels are larger than {MOST_TEXT >> 20} MiB")
+def read_bytes(path: Path, most: int, what: str) -> bytes:
+    """A small file, and no more of it than is allowed. Raises Refused; `what` begins its sentence."""
     try:
-        return path.read_text("utf-8-sig")
+        with path.open("rb") as file:
+            raw = file.read(most + 1)
+    except OSError as error:
+        raise Refused(f"cannot be read: {error.strerror}") from None
+    if len(raw) > most:
+        raise Refused(f"{what} larger than {most >> 20} MiB")
+    return raw
+
+
+def read_text(path: Path, what: str = "its labels are", most: int = MOST_TEXT) -> str:
+    """A small text file. Raises Refused."""
+    try:
+        return read_bytes(path, most, what).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise Refused("its labels are not text in UTF-8") from None
+        raise Refused(f"{what} not text in UTF-8") from None
 
 
 def json_lists(path: Path, wanted: Sequence[str], see: Callable[[str, Any], None]) -> None:

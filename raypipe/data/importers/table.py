@@ -1,5 +1,6 @@
 """CSV with a row an image or a box. Columns: image (or path, file, filename), label; for boxes x, y, w, h or
-xmin, ymin, xmax, ymax, in pixels; split if there is one."""
+xmin, ymin, xmax, ymax, in pixels; split if there is one; width and height of the image, which say on what the boxes of
+an image with an EXIF rotation were drawn."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from raypipe.data.importers.found import Candidate, Found, FoundBox, Skipped, Source
-from raypipe.data.importers.safe import Refused, inside
-from raypipe.data.importers.sources import SPLIT_NAMES, sources
+from raypipe.data.importers.found import NOT_THERE, TWICE, Candidate, Found, FoundBox, Skipped, Source
+from raypipe.data.importers.safe import Refused, found_inside, look_for, named_file
+from raypipe.data.importers.sources import SPLIT_NAMES, not_named, sources
 from raypipe.errors import ConfigError, did_you_mean
 
 IMAGE = ("image", "path", "file", "filename", "image_path")
@@ -22,10 +23,12 @@ MOST_FIELD = 1 << 20  # characters
 @sources("csv")
 def csv_table(root: Path, annotations: Path | None) -> Source:
     """`annotations`: the CSV, or the only one in the folder; images by their path inside the folder."""
-    choices = [annotations] if annotations else sorted(root.glob("*.csv"))
+    if annotations is not None:
+        return _Table(root, named_file(annotations))
+    choices = sorted(path for path in root.glob("*.csv") if path.is_file())
     if len(choices) != 1:
         raise ConfigError(f"{root.name}: {len(choices)} CSV files; name one with --annotations")
-    return _Table(root, choices[0])
+    return _Table(root, found_inside(root, choices[0]))
 
 
 class _Table:
@@ -34,7 +37,7 @@ class _Table:
     def __init__(self, root: Path, path: Path) -> None:
         self._root, self._path = root, path
         self.classes: Sequence[str] = ()
-        self._images: dict[str, str | None] = {}  # path -> split
+        self._images: dict[str, tuple[str | None, tuple[int, int] | None]] = {}  # path -> split, size
         self._names: dict[str, int] = {}
         self._owner, self._label = array("l"), array("l")
         self._sides = [array("d") for _ in range(4)]
@@ -71,10 +74,10 @@ class _Table:
                     self._skipped.append(Skipped(where, "a row without a label"))
                 continue
             if not self.boxes and name in places:
-                self._skipped.append(Skipped(where, "one image id twice: the first is taken"))
+                self._skipped.append(Skipped(where, TWICE))
                 continue
             place = places.setdefault(name, len(places))
-            self._images.setdefault(name, split)
+            self._images.setdefault(name, (split, _size(row, columns)))
             if own:
                 self._owner.append(place)
                 self._label.append(self._names.setdefault(own, len(self._names)))
@@ -105,18 +108,28 @@ class _Table:
         rows: dict[int, array[int]] = {}
         for row, owner in enumerate(self._owner):
             rows.setdefault(owner, array("l")).append(row)
-        for place, (name, split) in enumerate(self._images.items()):
+        seen: set[str] = set()
+        for place, (name, (split, size)) in enumerate(self._images.items()):
             try:
-                path = inside(self._root, name)
-                if not path.is_file():
-                    raise Refused("an image that is not there")
+                path = look_for(self._root, [Path()], name, NOT_THERE)
             except Refused as refused:
                 yield Skipped(name, str(refused))
                 continue
+            seen.add(path.as_posix())
             own = rows.get(place, array("l"))
             if not self.boxes:
-                yield Candidate(Path(name), label=names[self._label[own[0]]], split=split)
+                yield Candidate(path, label=names[self._label[own[0]]], split=split)
                 continue
             x, y, w, h = self._sides
             boxes = [FoundBox(names[self._label[r]], x[r], y[r], w[r], h[r]) for r in own]
-            yield Candidate(Path(name), boxes=boxes, split=split)
+            yield Candidate(path, boxes=boxes, split=split, size=size)
+        yield from not_named(self._root, seen)
+
+
+def _size(row: dict[str, str], columns: dict[str, str]) -> tuple[int, int] | None:
+    """Width and height of the image, where the row says them."""
+    try:
+        width, height = (int(row.get(columns[name]) or 0) for name in ("width", "height"))
+    except (KeyError, ValueError):
+        return None
+    return (width, height) if width and height else None
