@@ -237,6 +237,7 @@ def plan_of(said: RunConfig, run: str, layout: Layout) -> Plan:
         update=said.update,
         trained=said.train.trained,
         fix_statistics_from=said.train.fix_statistics_from,
+        local=said.train.local,
     )
 
 

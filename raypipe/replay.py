@@ -37,7 +37,8 @@ from raypipe.tracking.versions import FOLDER, VersionStore
 from raypipe.update.codec import encode_chain
 
 if TYPE_CHECKING:
-    from raypipe.store.retrain import Retrainer, State
+    from raypipe.store.kept import State
+    from raypipe.store.retrain import Retrainer
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 NEEDED = ("progress", "repeat", "after")
@@ -71,7 +72,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What has to be remembered: of each version by its place in the record, of each ticket its optimizer's state."""
+    """What has to be remembered: of each version by its place in the record, of each ticket what it left."""
 
     points: dict[int, Point]
     bases: dict[tuple[int, int], int]  # (place, base version) -> the place of that version as it was then
@@ -126,7 +127,7 @@ class Replay:
         self._stage = first_stage(self._said, self.run, self._model.form)  # of the newest version
         self._stages: dict[int, Stage] = {}  # by a version's place in the record
         self._needs = Needs.of(self._records)
-        self._states: dict[str, State] = {}
+        self._states: dict[str, State | None] = {}
 
     @property
     def num_versions(self) -> int:
@@ -195,7 +196,7 @@ class Replay:
         """The update, and what its control variate is derived from."""
         store, after = part["store"], part["after"]
         if after and after not in self._states:
-            raise RunError(f"{_name(part)} went on from the optimizer state of ticket {after}, not in the record")
+            raise RunError(f"{_name(part)} went on from what ticket {after} left, which is not in the record")
         place = self._needs.bases[seq, part["base"]]
         base = self._point(place)
         weights, sent = base.vector, Sent(store) if base.variates is None else base.variates.sent(store)
@@ -226,7 +227,7 @@ class Replay:
             return again.update, None
         return again.update, Learned(sent, part["steps"], part["progress"], part["worth"], part["base"])
 
-    def _keep_state(self, ticket: str, after: str, state: State) -> None:
+    def _keep_state(self, ticket: str, after: str, state: State | None) -> None:
         wanted = self._needs.states
         wanted[after] -= 1
         if after and not wanted[after]:

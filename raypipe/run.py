@@ -39,7 +39,7 @@ def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         policy_of(config)
     except ValueError as error:
         raise ConfigError(f"pacing: {error}") from None
-    if problems := _class_problems(config):
+    if problems := _local_problems(config) or _class_problems(config):
         raise ConfigError(problems)
     return config
 
@@ -69,6 +69,20 @@ def _class_problems(config: RunConfig) -> list[str]:
     except ConfigError as error:
         return list(error.problems)
     return []
+
+
+def _local_problems(config: RunConfig) -> list[str]:
+    """What does not go with entries that stay at their store."""
+    train, problems = config.train, list[str]()
+    if train.local is None:
+        return problems
+    if config.class_changes:
+        problems.append("class_changes: not with train.local: what stores keep has the first version's shape")
+    if config.evaluate.central is not None:
+        problems.append("evaluate.central: not with train.local: a store that never trains has no entries of its own")
+    if train.local == "norms" and train.fix_statistics_from is not None:
+        problems.append("train.fix_statistics_from: not with train.local: norms, whose statistics are each store's own")
+    return problems
 
 
 HARMLESS = (
@@ -195,7 +209,7 @@ def _chain_problems(how: list[Any], train: Any) -> list[str]:
 def policy_of(config: RunConfig) -> Policy:
     """The machine's settings: what the pace stands for, and what is said on top."""
     said = config.pacing.model_dump(exclude={"staleness", "heartbeat_s"})
-    said["settle_first"] = config.train.keep_optimizer
+    said["settle_first"] = config.train.keep_optimizer or config.train.local is not None
     said |= config.stop.model_dump() | {"evaluate_every": config.evaluate.every, "central": config.evaluate.central}
     said["weigh_staleness"] = staleness.build(config.pacing.staleness)
     said["lower_is_better"] = lower_is_better(config.evaluate.metric)
@@ -213,7 +227,7 @@ def initial_of(config: RunConfig, task: Task) -> tuple[Layout, Any]:
 
     shape = (task.num_outputs, task.channels, task.image_size)
     more: dict[str, Any] = {"columns": task.columns, "trained": config.train.trained, "boxes": task.boxes is not None}
-    layout, weights = initial(config.model, *shape, config.seed, **more)
+    layout, weights = initial(config.model, *shape, config.seed, local=config.train.local, **more)
     if config.train.fix_statistics_from is not None and not layout.moments:
         name = config.model["name"]
         raise ConfigError(f"train.fix_statistics_from: {name} has no BatchNorm statistics that move; leave it out")
@@ -247,6 +261,7 @@ def check(config: RunConfig) -> str:
         image_bytes=image_bytes,
         image_source=source,
         variate_bytes=variate_bytes,
+        num_local=sum(entry.size for entry in layout.entries if entry.role is Role.LOCAL),
     )
     stores = [(store.id, store.cpus, store.gpus) for store in config.stores]
     lines = [f"{config.name}: nothing wrong found", *explain(stores, policy_of(config), sizes)]

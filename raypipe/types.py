@@ -6,7 +6,7 @@ Roles decide what a federation may do with an entry (design, part 4):
     statistic  BatchNorm means and variances; an update carries values, averaged as values; where a variance has a mean
                beside it, its value is the second moment about the base version's mean, so that the average is exact
     frozen     sent once, never changed by training
-    local      stays at the store
+    local      trained, and stays at the store: a version has what the run began with; see models/personal.py
     fixed      anchors, integer counters: overwritten from the base version, never averaged
 
 Entries are ordered by role, so that each role is one contiguous slice and an update is a prefix of the vector.
@@ -87,6 +87,10 @@ class Layout:
         return self.span(Role.SHARED)
 
     @property
+    def local(self) -> slice:
+        return self.span(Role.LOCAL)
+
+    @property
     def statistic(self) -> slice:
         stop = self.update_size
         return slice(min(self.shared.stop, stop), stop)
@@ -99,7 +103,7 @@ class Layout:
 
     @property
     def splits(self) -> bool:
-        """Whether what no training changes is worth sending apart, and once: frozen weights, not a few counters."""
+        """Whether what no version changes is worth sending apart, and once: frozen weights, not a few counters."""
         return 4 * (self.size - self.update_size) >= WORTH_BYTES
 
     @property

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from test_config import SMALL, problems
-from test_site import Case, write
+from test_site import CNN, SIZE, Case, write
 from test_terms import until
 
 from raypipe.config.schema import Store
 from raypipe.errors import StoreError
+from raypipe.models.flat import initial
 from raypipe.store.messages import Verdict
 from raypipe.store.ranks import part
 
@@ -55,6 +56,22 @@ def test_two_ranks_give_what_one_process_gives_of_the_same_batches_ticket_after_
             case.site.settle(Verdict(f"t{number}", number))  # so that the optimizer goes on
         pids.append(processes(pair))
     assert pids[0] == pids[2] != []
+
+
+def test_two_ranks_go_on_with_what_is_the_stores_own(
+    pair: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = Case(write(tmp_path / "south", **HARD), site={"cache_bytes": 0})
+    layout, weights = initial(CNN, 3, 1, SIZE, seed=0, local="norms")
+    plan = {**PLAN, "run": "own", "local": "norms", "layout": layout.fingerprint, "lr": 0.3}
+    for number in range(2):
+        for case in (alone, pair):
+            monkeypatch.setattr(case, "weights", weights)
+            case.train({"id": f"own{number}", "seed": number, "max_epochs": 2.0}, **plan)
+        updates = [case.site.collect(f"own{number}", []).copy() for case in (alone, pair)]
+        np.testing.assert_allclose(updates[1], updates[0], rtol=1e-3, atol=2e-5)
+        for case in (alone, pair):
+            case.site.settle(Verdict(f"own{number}", number, run="own"))
 
 
 def test_a_ticket_of_two_ranks_is_stopped_within_a_batch(pair: Case) -> None:

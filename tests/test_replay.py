@@ -32,6 +32,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "train": MOMENTUM,
         "server": {"name": "momentum"},
     },
+    "own": {"pace": "fedbuff", "pacing": {"buffer_size": 2}, "train": {**LONG, "local": "norms"}},
     "variates": {"pace": "fedbuff", "pacing": {"buffer_size": 2}, "train": {**LONG, "control_variates": True}},
 }
 
@@ -87,7 +88,7 @@ def test_any_run_is_made_again_to_the_same_bytes(home: Path, capsys: pytest.Capt
     assert "7 versions made again, each with the bytes that the record says" in capsys.readouterr().out
     assert sorted(p for p in (home / "stores").rglob("*")) == before, "nothing is written at the stores"
     said = history.run()["config"]
-    if said["train"]["keep_optimizer"]:
+    if said["train"]["keep_optimizer"] or said["train"]["local"]:
         assert len({c["after"] for c in parts}) > 3
     if said["pace"] == "fedbuff":
         assert any(c["staleness"] for c in parts)

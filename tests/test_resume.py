@@ -91,8 +91,8 @@ def check_record(home: Path) -> None:
 
 @pytest.mark.parametrize(
     ("server", "train"),
-    [("sgd", LONG), ("adam", {**LONG, "control_variates": True})],
-    ids=["sgd", "adam and control variates"],
+    [("sgd", LONG), ("adam", {**LONG, "control_variates": True, "local": "norms"})],
+    ids=["sgd", "adam, control variates and norm layers of their own"],
 )
 def test_a_run_killed_anywhere_ends_with_the_bytes_of_one_never_killed(
     server: str, train: dict[str, Any], tmp_path: Path

@@ -27,6 +27,17 @@ def _named(part: Any) -> Any:
     return part
 
 
+def _or_patterns(word: str) -> BeforeValidator:
+    """The word, or patterns of tensors' names: a union would say of what is neither why it is not each of them."""
+
+    def check(value: Any) -> Any:
+        if value == word or (isinstance(value, list) and value and all(isinstance(one, str) for one in value)):
+            return value
+        raise ValueError(f"is {word} or a list of patterns of tensors' names")
+
+    return BeforeValidator(check)
+
+
 def repeated(ids: Iterable[Any]) -> list[str]:
     """Each id that is there more than once."""
     known = [str(i) for i in ids]
@@ -101,6 +112,7 @@ class Train(Section):
     fix_statistics_from: Annotated[float, Field(ge=0, le=1)] | None = None  # share of the run; see models/flat.py
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # unreadable images above this: the store refuses
     trained: Literal["all", "head"] | Annotated[list[str], Field(min_length=1)] = "all"  # patterns of tensors' names
+    local: Annotated[Literal["norms"] | list[str], _or_patterns("norms")] | None = None  # what stays at the store
 
 
 class Pacing(Section):

@@ -76,7 +76,7 @@ class Contribution:
     signature: str | None = None
     progress: float | None = None  # this and the next two: what it takes to train it again
     repeat: int | None = None
-    after: str | None = None  # the ticket whose optimizer state it went on from
+    after: str | None = None  # the ticket whose kept state it went on from
     data_hash: str | None = None  # of the store's data set as it was then: images may be added in a run
     worth: float | None = None  # its weight were it not stale
 

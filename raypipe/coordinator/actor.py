@@ -141,6 +141,8 @@ class Coordinator:
             raise RunError(f"the run {'has not begun yet' if made is None else 'ends'}: its classes stay as they are")
         if made.config.train.control_variates:
             raise ConfigError("classes stay as they are in a run with train.control_variates")
+        if made.config.train.local is not None:
+            raise ConfigError("classes stay as they are in a run with train.local")
         asked = TypeAdapter(Change).validate_python(change)
         version, newest = made.machine.place(asked, wanted), made.machine.version
         planned = {v: one for v, one in made.machine.changes.items() if v > newest} | {version: asked}

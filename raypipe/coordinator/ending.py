@@ -76,6 +76,8 @@ def finish(run: Run, at: float) -> list[do.Action]:
     reason, since = run.ending
     if run.awaited is None and any(m.returning > at for m in run.members.values()):
         return actions
+    if run.policy.settle_first and run.unkept:  # stores judge with what its tickets left there
+        return actions
     if run.awaited is None:
         actions += _judge_last(run)
     if run.unkept:

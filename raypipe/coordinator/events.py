@@ -66,7 +66,7 @@ class Trained:
     seconds: float
     loss: float
     at: float
-    after: str = ""  # the ticket whose optimizer state it went on from
+    after: str = ""  # the ticket whose kept state it went on from
     data_hash: str = ""  # of the store's data set as it was then
     update_bytes: int = 0  # at most, of what is to be fetched
     skipped: int = 0  # of num_train, those that cannot be read, as far as the store knows

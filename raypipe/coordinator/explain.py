@@ -21,6 +21,7 @@ class Sizes:
     image_source: str  # where image_bytes is from
     once_bytes: int = 0  # of frozen weights, once to a store
     variate_bytes: int = 0  # of a store's control variate; in `down_bytes` too
+    num_local: int = 0  # numbers that stay at each store
 
 
 def expected_versions(policy: Policy) -> int:
@@ -70,7 +71,13 @@ def explain(stores: Sequence[tuple[str, float, float]], policy: Policy, sizes: S
         "stores",
     ]
     if sizes.once_bytes:
-        lines.append(f"frozen weights: {sizes.once_bytes / 1e6:.2f} MB down, once to a store")
+        what = "frozen and local" if sizes.num_local else "frozen"
+        lines.append(f"{what} weights: {sizes.once_bytes / 1e6:.2f} MB down, once to a store")
+    if sizes.num_local:
+        lines.append(
+            f"local: {sizes.num_local:,} numbers are each store's own and stay there; a version, also when it is "
+            "exported or promoted, has those that the run began with"
+        )
     if sizes.variate_bytes:
         mega = sizes.variate_bytes / 1e6
         lines.append(

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from raypipe.errors import ConfigError
 from raypipe.models import build
 from raypipe.models.heads import Trained, freeze
+from raypipe.models.personal import Local, with_local
 from raypipe.models.tensors import Array, state_dict_from, vector_from
 from raypipe.registry import Spec
 from raypipe.types import Entry, Layout, Role
@@ -27,8 +28,10 @@ BLOCK = 1 << 16  # floats: a quarter of a MiB
 __all__ = ["FlatModel", "flatten", "initial", "layout_of", "state_dict_from", "vector_from"]
 
 
-def layout_of(module: nn.Module, *, frozen: Sequence[str] = (), statistics: Sequence[str] = ()) -> Layout:
-    """The table of a module's tensors. `frozen`, `statistics`: patterns of names, as in fnmatch.
+def layout_of(
+    module: nn.Module, *, frozen: Sequence[str] = (), statistics: Sequence[str] = (), local: Local = None
+) -> Layout:
+    """The table of a module's tensors. `frozen`, `statistics`: patterns of names, as in fnmatch. `local`: personal.py.
 
     Parameters are shared, or frozen when they need no gradient; means and variances of a norm layer are statistics,
     or frozen with its affine weights; other buffers are fixed. A tied parameter has one entry, buffers that are not
@@ -49,7 +52,8 @@ def layout_of(module: nn.Module, *, frozen: Sequence[str] = (), statistics: Sequ
             return Role.STATISTIC
         return Role.FIXED
 
-    return Layout.of((n, tuple(t.shape), _dtype(n, t), role(n, t)) for n, t in _tensors(module))
+    rows = [(n, tuple(t.shape), _dtype(n, t), role(n, t)) for n, t in _tensors(module)]
+    return Layout.of(with_local(module, rows, local))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -95,13 +99,14 @@ def initial(
     trained: Trained = "all",
     *,
     boxes: bool = False,
+    local: Local = None,
 ) -> tuple[Layout, Array]:
     """A new model's layout and its weights: equal for equal seeds, the process's own random state untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module: nn.Module = build(model, num_outputs, channels, image_size, columns, boxes=boxes)
     freeze(module, trained, num_outputs)
-    layout = layout_of(module)
+    layout = layout_of(module, local=local)
     return layout, flatten(module, layout)
 
 
@@ -115,7 +120,7 @@ def with_head(layout: Layout, vector: Array, name: str, head: Array) -> Array:
 
 
 class FlatModel:
-    """A module bound to one vector. `trained`: the shared parameters, views into it, for a local optimizer."""
+    """A module bound to one vector. `trained`: views into it for a local optimizer: shared parameters, then local."""
 
     def __init__(self, module: nn.Module, layout: Layout, *, device: torch.device | str = "cpu") -> None:
         self.module = module.to(device)
@@ -129,7 +134,7 @@ class FlatModel:
         tensors = dict(_tensors(self.module))
         for entry in layout.entries:
             self._bind(entry, tensors[entry.name])
-        moving = {e.name for e in layout.entries if e.role is Role.STATISTIC}
+        moving = {e.name for e in layout.entries if e.role in (Role.STATISTIC, Role.LOCAL)}
         norms = [(n, m) for n, m in self.module.named_modules() if isinstance(m, _NormBase) and m.track_running_stats]
         self._norms = [m for _, m in norms]
         self._still = [m for n, m in norms if (f"{n}." if n else "") + "running_mean" not in moving]
@@ -143,12 +148,17 @@ class FlatModel:
         view.copy_(tensor.detach())
         if isinstance(tensor, nn.Parameter):
             tensor.data = view
-            tensor.requires_grad_(entry.role is Role.SHARED)
-            if entry.role is Role.SHARED:
+            tensor.requires_grad_(entry.role in (Role.SHARED, Role.LOCAL))
+            if tensor.requires_grad:
                 self.trained.append(tensor)
         else:
             owner, _, leaf = entry.name.rpartition(".")
             self.module.get_submodule(owner)._buffers[leaf] = view
+
+    @property
+    def own(self) -> Tensor:
+        """The local entries, a view: float32, of `layout.local`."""
+        return self.vector[self.layout.local]
 
     def load(self, base: Array) -> None:
         """Take a version's whole vector; `base` may be read-only shared memory."""

@@ -324,7 +324,8 @@ class StoreClient:
         return answer
 
     async def evaluate(self, plan: bytes, weights: Any, split: str) -> msg.Evaluation:
-        """Raises StoreError."""
+        """Raises StoreError. Verdicts come first: a store may judge with what its last ticket left there."""
+        self.tell()
         moving, still = self._pieces(weights)
         answer = self._expect(msg.Evaluation, await self._ask("evaluate", plan, moving, split, self._epoch, still))
         self._gave(weights)

@@ -59,7 +59,7 @@ def correct(optimizer: Optimizer, model: FlatModel, correction: Array, said: Map
     whole = torch.tensor(correction, device=model.device)  # a copy: it may come in shared memory
     shared = [entry for entry in model.layout.entries if entry.role is Role.SHARED]
     pieces = [whole[entry.slice].view(entry.shape) for entry in shared]
-    trained: list[torch.Tensor] = list(model.trained)
+    trained: list[torch.Tensor] = list(model.trained[: len(shared)])
     plain, inside = optimizer.step, in_gradient(said, kept=kept)
 
     @torch.no_grad()

@@ -44,7 +44,7 @@ class Admitted:
 def learn(
     asked: Admitted, kept: dict[str, Any] | None, *, clock: Clock, slowdown: float = 1.0, ranks: Ranks | None = None
 ) -> tuple[Outcome, Optimizer]:
-    """Train the model, already loaded, in place; `kept` is the optimizer's state to go on from. Raises StoreError."""
+    """Train the model in place, loaded by `kept.begin`, whose answer `kept` is. Raises StoreError."""
     optimizer = optimizers.build(asked.plan.optimizer)(asked.learner.model.trained)
     if kept is not None:
         optimizer.load_state_dict(kept)
@@ -62,7 +62,8 @@ def learn(
     )
     learner, control, labelled = asked.learner, asked.control, asked.images.labelled
     task = learner.task.among(labelled)
-    with nullcontext() if ranks is None else ranks.ticket(asked.ticket, asked.plan, asked.weights) as team:
+    base = asked.weights if asked.plan.local is None or ranks is None else learner.model.vector.cpu().numpy()
+    with nullcontext() if ranks is None else ranks.ticket(asked.ticket, asked.plan, base) as team:
         outcome = train(learner.model, task, asked.images, optimizer, work, control, clock, team)
     if labelled is not None:
         _leave(learner, asked.weights, labelled)

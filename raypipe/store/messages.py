@@ -40,7 +40,7 @@ SPOKEN = (PROTOCOL - 1, PROTOCOL)  # so that stores and coordinators need not be
 # What PROTOCOL has brought; all of it has defaults.
 NEW = {
     "Card": {"key", "head_size", "code"},
-    "Plan": {"update", "trained", "fix_statistics_from"},
+    "Plan": {"update", "trained", "fix_statistics_from", "local"},
     "Ticket": {"base"},
     "Report": {"digest", "signature", "cosignature", "after", "data_hash"},
     "Refusal": {"wait_s"},
@@ -90,6 +90,7 @@ class Plan:
     update: list[Part] = field(default_factory=list)  # the codecs by which updates leave, for what is signed
     trained: str | list[str] = "all"  # "head", or patterns of tensors' names: the rest is frozen
     fix_statistics_from: float | None = None  # progress from which BatchNorm's statistics are the version's own
+    local: str | list[str] | None = None  # "norms", or patterns of tensors' names: they stay at the store
 
     def fixes_statistics(self, progress: float) -> bool:
         """Of a ticket that begins at this progress."""
@@ -155,7 +156,7 @@ class Report:
     digest: str = ""  # of the encoded update; it and the signature are empty in a run without a ledger
     signature: str = ""  # over `ledger.offline.update_statement`
     cosignature: dict[str, Any] | None = None  # of the head that the base's proof was under
-    after: str = ""  # the ticket whose optimizer state it went on from; empty: it began anew
+    after: str = ""  # the ticket whose kept state it went on from, see kept.py; empty: it began anew
     data_hash: str = ""  # of the data set as it was then: images may be added from ticket to ticket
 
 

@@ -4,8 +4,8 @@
         lock            held by the process at work on the run; its id is in it
         epoch           the newest coordinator epoch that was heard of; forced to the disk before it is acted on
         slot-0, ...     big arrays, see slots.py
-        <hash>.ticket   an unsettled ticket: its report, which slots hold its update and the optimizer's pending state
-        <hash>.kept     the optimizer's state after the last ticket that was folded, and which ticket that was
+        <hash>.ticket   an unsettled ticket: its report, which slots hold its update and what is to be kept
+        <hash>.kept     what is kept (kept.py) of the last ticket that was folded, and which ticket that was
         told            a line for each verdict that was obeyed: the ticket, and the version that it is in or `-`
 
 Data comes first, then the small entry under its name in one rename: a half-written entry is never one. Settling
@@ -48,7 +48,7 @@ SEAL_EVERY_S = 2.0  # an entry that has waited for so long is given its checksum
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
-    """An entry and its mapped slots: of a ticket its update and perhaps the optimizer's state, of a kept state that."""
+    """An entry and its mapped slots: of a ticket its update and perhaps its pending state, of a kept state that."""
 
     entry: Entry
     slots: tuple[Slot, ...]
@@ -112,7 +112,7 @@ class Outbox:
         return view
 
     def kept(self, key: str) -> tuple[str, dict[str, Any]] | None:
-        """A copy of the optimizer's state that was committed under this key, and the ticket that it came of."""
+        """A copy of the state that was committed under this key, and the ticket that it came of."""
         with self._guard:
             held = self._kept.get(key)
             return None if held is None else (held.entry.ticket, filled(held.entry.outline, held.slots[0]))
@@ -130,7 +130,7 @@ class Outbox:
                     self._slots.free(slot)
 
     def put(self, report: Report, update: Slot, key: str, state: dict[str, Any] | None) -> None:
-        """The ticket is finished, from here on whatever is killed. `state`: the optimizer's, pending under `key`.
+        """The ticket is finished, from here on whatever is killed. `state`: what is to be kept, pending under `key`.
 
         Raises StoreError, and nothing is changed, when the disk is full. Beyond OUTBOX the oldest ticket is lost.
         """
@@ -158,7 +158,7 @@ class Outbox:
                 self._remove(oldest)
 
     def settle(self, ticket: str, version: int | None) -> None:
-        """Forget the update; commit the optimizer's state if it is in a version. Settling twice does nothing."""
+        """Forget the update; commit its state if it is in a version. Settling twice does nothing."""
         with self._guard:
             held = self._waiting.get(ticket)
             if held is None:
@@ -258,7 +258,7 @@ class Outbox:
             sound = [s.digest() for s in whole] == entry.digests if entry.digests else entry.boot == self._boot != ""
         if sound and entry is not None:
             return Held(entry, whole)
-        what = "a ticket, it will be trained again" if file.suffix == ".ticket" else "the optimizer's state"
+        what = "a ticket, it will be trained again" if file.suffix == ".ticket" else "what was kept of the last one"
         self._log.warning("dropped %s: %s is damaged", what, file.name)
         for slot in whole:
             self._slots.free(slot)

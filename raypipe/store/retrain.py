@@ -1,7 +1,8 @@
 """A ticket of a run trained again, from the store's data alone: no outbox, no state, nothing is written.
 
 What a store does with a ticket is a function of the base weights, the ticket's seed, progress and number of steps,
-and of the optimizer's state that it went on from: all in the record. The rest, data and limits, is the store's own.
+and of what the ticket that it went on from left there (kept.py): all in the record. The rest, data and limits, is the
+store's own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from raypipe.errors import StoreRefused
+from raypipe.store.kept import State, begin, left
 from raypipe.store.lesson import Admitted, learn
 from raypipe.store.messages import Plan, Ticket
 from raypipe.store.policy import read_policy
@@ -24,16 +26,15 @@ from raypipe.store.site import CACHE_BYTES  # the same: what is cached decides f
 from raypipe.store.trainer import Control, Outcome
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
-State: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """What came of it: `update` is float32 (update_size,), `state` the optimizer's after it."""
+    """What came of it: `update` is float32 (update_size,), `state` what is kept after it."""
 
     update: Array
     outcome: Outcome
-    state: State
+    state: State | None
 
 
 class Retrainer:
@@ -59,7 +60,7 @@ class Retrainer:
         limits = replace(self.policy.admit(ticket, plan), max_steps=ticket.max_steps, budget_s=None)
         learner = self._shelf.learner(plan, weights)
         images = self._shelf.images(plan, learner.task, "train")
-        learner.model.load(weights)
+        kept = begin(learner.model, plan, weights, deepcopy(kept))
         asked = Admitted(ticket, plan, weights, learner, images, limits, Control(), correction=correction)
-        outcome, optimizer = learn(asked, deepcopy(kept), clock=time.monotonic)
-        return Again(learner.model.update(weights)[0], outcome, deepcopy(optimizer.state_dict()))
+        outcome, optimizer = learn(asked, kept, clock=time.monotonic)
+        return Again(learner.model.update(weights)[0], outcome, deepcopy(left(learner.model, plan, optimizer)))

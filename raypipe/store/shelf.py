@@ -114,12 +114,13 @@ class Shelf:
         """The plan's model, not yet loaded. Raises StoreRefused when `weights` are not of its layout."""
         # Its weights come with each ticket: a store never fetches pretrained ones.
         spec = {key: value for key, value in plan.model.items() if key != "pretrained"}
-        key = json.dumps([plan.task, spec, plan.trained], sort_keys=True)
+        key = json.dumps([plan.task, spec, plan.trained, plan.local], sort_keys=True)
         if key not in self._learners:
             task = tasks.build(plan.task)
             module: nn.Module = build_for(task, spec)
             freeze(module, plan.trained, task.num_outputs)
-            self._learners[key] = Learner(FlatModel(module, layout_of(module), device=self._device), task)
+            layout = layout_of(module, local=plan.local)
+            self._learners[key] = Learner(FlatModel(module, layout, device=self._device), task)
             if len(self._learners) > MODELS:
                 self._learners.popitem(last=False)
         self._learners.move_to_end(key)

@@ -3,7 +3,7 @@
     train      fencing -> policy -> is the base on the ledger? -> model and data, built once -> [evaluate the base]
                -> train -> signed -> update to the outbox
     collect    the update, encoded, as often as it is asked for
-    settle     the update is forgotten; the optimizer's state is kept only if the update became part of a version
+    settle     the update is forgotten; what is kept (kept.py) is the ticket's only if its update is in a version
 
 What has to outlive the process lies in the outbox, see outbox.py; it is read when a run is first spoken of.
 
@@ -13,7 +13,6 @@ What has to outlive the process lies in the outbox, see outbox.py; it is read wh
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import OrderedDict
@@ -30,6 +29,7 @@ import torch
 from raypipe.errors import ConfigError, StoreClosed, StoreError, StoreRefused
 from raypipe.models import models
 from raypipe.store.attest import Attestor
+from raypipe.store.kept import begin, keeps, key_of, left
 from raypipe.store.lesson import Admitted, learn
 from raypipe.store.measure import What, measured_gram, measured_moments
 from raypipe.store.messages import PROTOCOL, Card, Command, Evaluation, Part, Plan, Refusal, Report, Ticket, Verdict
@@ -179,20 +179,20 @@ class Site:
         return encoded
 
     def settle(self, verdict: Verdict) -> None:
-        """Forget the update; commit the optimizer's state if it was folded. Settling twice does nothing."""
+        """Forget the update; commit what is kept if it was folded. Settling twice does nothing."""
         outbox = self._asked(verdict.ticket, verdict.run, verdict.epoch)
         if outbox is not None:
             outbox.settle(verdict.ticket, verdict.version)
 
     def evaluate(self, plan: Plan, weights: Array, split: str, epoch: int = 0) -> Evaluation:
-        """Sums over a split. Raises StoreRefused, StoreSuperseded."""
+        """Sums over a split, of the store's own model. Raises StoreRefused, StoreSuperseded."""
         with self._work:
-            if epoch:
-                self._fenced(plan.run, epoch)
+            outbox = self._fenced(plan.run, epoch) if epoch or plan.local is not None else None
             self.policy.check(plan)
             self._terms.begin()
             learner = self._shelf.learner(plan, weights)
-            learner.model.load(weights)
+            kept = outbox.kept(key_of(plan)) if outbox is not None and plan.local is not None else None
+            begin(learner.model, plan, weights, kept[1] if kept else None)
             with self._controlled("") as control:
                 evaluation = self._evaluate(plan, learner, split, control)
         if evaluation is None:
@@ -285,12 +285,12 @@ class Site:
     def _finished(self, asked: Admitted, outbox: Outbox) -> Report:
         """The ticket trained, its update in the outbox; room for it is made first, so that no work is lost for lack."""
         ticket, plan, model = asked.ticket, asked.plan, asked.learner.model
-        model.load(asked.weights)
+        key = key_of(plan)
+        after, state = (outbox.kept(key) if keeps(plan) else None) or ("", None)
+        kept = begin(model, plan, asked.weights, state)
         evaluation = None
         if ticket.evaluate is not None:
             evaluation = self._judge_base(plan, asked.learner, ticket.evaluate, asked.control)
-        key = json.dumps([plan.run, plan.layout, plan.optimizer], sort_keys=True)
-        after, kept = (outbox.kept(key) if plan.keep_optimizer else None) or ("", None)
         with outbox.room(4 * model.layout.update_size) as slot:
             outcome, optimizer = learn(asked, kept, clock=self._clock, slowdown=self._slowdown, ranks=self._ranks)
             if asked.control.abandoned:
@@ -298,13 +298,14 @@ class Site:
             update, finite = model.update(asked.weights, out=slot.floats)
             if not finite:
                 raise StoreError(f"the update is not finite after {outcome.steps} steps; lower lr")
+            state = left(model, plan, optimizer)
             report = self._report(asked, outcome, update.nbytes, evaluation, after)
             report = self._attestor.sign(report, plan, asked.base, update)
-            outbox.put(report, slot, key, optimizer.state_dict() if plan.keep_optimizer else None)
+            outbox.put(report, slot, key, state)
         return report
 
     def _judged(self, asked: Admitted) -> Report:
-        """The ticket trained and its result evaluated; nothing of it is kept."""
+        """The ticket trained and its result evaluated: alone, so from the version itself; nothing of it is kept."""
         asked.learner.model.load(asked.weights)
         outcome, _ = learn(asked, None, clock=self._clock, ranks=self._ranks)
         assert asked.ticket.judge is not None

@@ -6,7 +6,7 @@
                control variates
     the rest   the ledger and its like, copied before the journal: they follow it
 
-Not in it: what the stores keep (data, outboxes, optimizer state: it is theirs), keys and roster of the home (they are
+Not in it: what the stores keep (data, outboxes, kept state: it is theirs), keys and roster of the home (they are
 of all runs; whoever had the key could sign), MLflow (told again from the record). Stores of a run with a ledger that
 went on after the backup refuse the shorter history, as they must: their operators accept that what they saw is gone
 by moving `heads/RUN.heads.jsonl` away.

@@ -183,7 +183,7 @@ class Contribution(TypedDict):
     # What it takes to train it again; None in what an older raypipe wrote.
     progress: float | None  # of the run, when it was asked for: the learning rate follows it
     repeat: int | None  # updates that the store had handed over from this base before
-    after: str | None  # the ticket whose optimizer state it went on from; empty: it began anew
+    after: str | None  # the ticket whose kept state it went on from; empty: it began anew
     data_hash: NotRequired[str | None]  # of the store's data set as it was then: images may be added in a run
     worth: NotRequired[float | None]  # its weight were it not stale
 

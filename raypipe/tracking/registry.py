@@ -77,6 +77,8 @@ def promote(
     card = history.card(version)
     module, task = _module(card, store.read(version, history.file_hash(version)))
     name = started["register_as"]
+    if started["config"]["train"].get("local") and not started.get("pooled"):
+        log.warning("version %d has the local weights that its run began with, and no store's own", version)
     shapes = _shapes(task)
     files: dict[str, Path | str] = {
         WEIGHTS: store.path(version),
