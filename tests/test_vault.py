@@ -729,7 +729,7 @@ def test_a_federation_with_a_store_behind_a_vault_gives_the_bytes_of_one_without
         for transport in ("vault", "actor"):
             key = load_or_make_key(homes[transport] / "keys" / "store.pem").public
             assert main(["ledger", "enroll", "shop-2", key]) == 0
-            config = cluster.config(name=f"by-{transport}", seed=3, train={"keep_optimizer": True, "local": "norms"})
+            config = cluster.config(name=f"by-{transport}", seed=3, train={"keep_optimizer": True})
             config["train"]["optimizer"] = {"name": "sgd", "momentum": 0.9}
             config["stores"] = [s | {"transport": transport} for s in config["stores"] if s["id"] == "shop-2"]
             with connected(cluster):
