@@ -45,6 +45,7 @@ class Federation:
 
         from raypipe.coordinator.actor import CoordinatorActor
         from raypipe.placement.actor import NAMESPACE
+        from raypipe.prelude import prepare
 
         self._ray, self.address = ray, cluster.address
         self.run = new_run_id(config["name"], time.time())
@@ -52,7 +53,8 @@ class Federation:
         named: Any = CoordinatorActor.options(
             name=f"coordinator/{self.run}", namespace=NAMESPACE
         )  # as launch.begin does
-        self.actor = named.remote(compose, said, self.run, str(cluster.home), {})
+        ask = prepare if config.get("closed_form") else None
+        self.actor = named.remote(compose, said, self.run, str(cluster.home), {}, ask)
         self.work = self.actor.work.remote()
         self.folder = cluster.home / "runs" / self.run
 

@@ -467,7 +467,7 @@ def test_a_store_outlives_its_coordinator_and_is_found_again_even_frozen(cluster
     )
 
     def client(epoch: int) -> StoreClient:
-        return StoreClient(Store(id="shop-1", cpus=0.2), "outlived", epoch, "c0dec0dec0de")
+        return StoreClient(Store(id="shop-1", cpus=0.2), "outlived", epoch, "c0dec0dec0de", "actor")
 
     def ticket(epoch: int) -> Ticket:
         return Ticket("t1", "shop-1", epoch, 0, 5, (0.0, 0.1), max_steps=2)

@@ -437,7 +437,7 @@ def test_an_actor_understands_a_recorded_vault_of_the_protocol_before(tmp_path: 
     threading.Thread(target=replay, args=(listener,), daemon=True).start()
     site = VaultSite(tmp_path / "old.sock", "south", pipe=False, patience_s=1)
     card = site.describe("r", 1)
-    assert (card.protocol, card.code, card.data["products"]["train"]) == (2, "", 70)
+    assert (card.protocol, card.code, card.data["products"]["train"]) == (2, "c0de", 70), "its greeting has the code"
     assert site.train(case.ticket, case.plan, case.weights).steps == 6
     assert site.collect("t1", [], "r", 1).nbytes == 14848
     assert site.evaluate(case.plan, case.weights, "validation", 1).num_examples == 30
@@ -729,15 +729,21 @@ def test_a_federation_with_a_store_behind_a_vault_gives_the_bytes_of_one_without
         for transport in ("vault", "actor"):
             key = load_or_make_key(homes[transport] / "keys" / "store.pem").public
             assert main(["ledger", "enroll", "shop-2", key]) == 0
-            config = cluster.config(name=f"by-{transport}", seed=3, train={"keep_optimizer": True})
+            config = cluster.config(name=f"by-{transport}", seed=3, train={"keep_optimizer": True}, closed_form=0.01)
             config["train"]["optimizer"] = {"name": "sgd", "momentum": 0.9}
             config["stores"] = [s | {"transport": transport} for s in config["stores"] if s["id"] == "shop-2"]
             with connected(cluster):
                 federation = Federation(cluster, config)
                 federation.result()
             found.append([version["hash"] for version in federation.records("version_published")])
-            joined = federation.records("store_joined")[-1]
-            assert joined.get("vault_code") == (code_hash() if transport == "vault" else None)
+            (started,) = federation.records("run_started")
+            assert [(fact["what"], fact["missing"]) for fact in started["asked"]] == [("gram", {})]
+            joined = [body for body in federation.records("store_joined") if body["store"] == "shop-2"]
+            assert {body.get("vault_code") for body in joined} == {code_hash() if transport == "vault" else None}
+            left = {name: tuple((home / "egress" / federation.run).glob("*.jsonl")) for name, home in homes.items()}
+            said = b"".join(file.read_bytes() for file in left.pop(transport))
+            assert said.count(b'"kind":"sums"') == 1, "it was asked where the data is"
+            assert list(left.values()) == [()], "the other one was asked nothing"
         assert len(found[0]) == 3
         assert found[0] == found[1]
     finally:

@@ -239,11 +239,15 @@ class RunConfig(Section):
             raise ValueError("a name holds letters, digits, '.', '_' and '-', at most 63, no spaces")
         return value
 
+    def transport_of(self, store: Store) -> Transport:
+        """Its own, or that of all."""
+        return store.transport or self.store.transport
+
     @model_validator(mode="after")
     def _stores_suffice(self) -> RunConfig:
         if self.evaluate.central in {store.id for store in self.stores}:
             raise ValueError(f"evaluate.central {self.evaluate.central} is a store that trains; name one that does not")
-        vaults = [s for s in self.stores if (s.transport or self.store.transport) == "vault"]
+        vaults = [s for s in self.stores if self.transport_of(s) == "vault"]
         if slowed := [store.id for store in vaults if store.slowdown > 1]:
             raise ValueError(f"slowdown of {', '.join(slowed)}: a vault is not slowed down from outside")
         if many := [store.id for store in vaults if store.num_ranks > 1]:

@@ -176,7 +176,8 @@ class Coordinator:
 
     async def _ask(self, config: RunConfig, question: Question) -> Answers:
         """Of all stores, before there is anything else; their processes stay for the run."""
-        ports = {store.id: StoreClient(store, self._run, FIRST, question.code) for store in config.stores}
+        transports = {store.id: config.transport_of(store) for store in config.stores}
+        ports = {s.id: StoreClient(s, self._run, FIRST, question.code, transports[s.id]) for s in config.stores}
         handle = None if question.weights is None else ray.put(question.weights)
         at_once = config.pacing.max_active_stores
         return await ask(ports, question, handle, join_s=config.pacing.join_s, at_once=at_once)
@@ -195,8 +196,7 @@ class Coordinator:
             raise RunError("the run has not begun yet")
         if store.id in self._keeping and not self._keeping[store.id].done():
             raise RunError(f"store {store.id} is in this run already")
-        transport = store.transport or made.config.store.transport
-        port = StoreClient(store, self._run, made.epoch, made.code, transport)
+        port = StoreClient(store, self._run, made.epoch, made.code, made.config.transport_of(store))
         keeping = made.shell.keep(store.id, port, made.config.pacing.heartbeat_s, RETRY_S, trains=trains)
         self._keeping[store.id] = asyncio.create_task(keeping)
 

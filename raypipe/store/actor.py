@@ -4,9 +4,10 @@ The actor is a sync class: `train` occupies its one main thread; `control` and `
 a concurrency group of their own (one async method would put all of them on an event loop and block it). Whatever
 goes wrong inside leaves as a Refusal of one safe line; details go to the store's own log on its own disk.
 
-It is detached, named `store/<run>/<store>/<code>`: it outlives its coordinator, and one that comes back finds it by
-name. An actor that no coordinator speaks to ends itself, so nothing stays on a cluster whose coordinator is gone for
-good. `code` is in the name because a detached actor keeps the code of the job that made it.
+It is detached, named `store/<run>/<store>/<code>/<transport>`: it outlives its coordinator, and one that comes back
+finds it by name. An actor that no coordinator speaks to ends itself, so nothing stays on a cluster whose coordinator is
+gone for good. `code` is in the name because a detached actor keeps the code of the job that made it, the transport
+because a site that lives in the actor must never be taken for the vault that was asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import ray
 from ray import exceptions as rex
 
 from raypipe.config.schema import Store, Transport
-from raypipe.errors import StoreError, StoreSuperseded, StoreUnreachable
+from raypipe.errors import StoreError, StoreRefused, StoreSuperseded, StoreUnreachable
 from raypipe.placement.homes import stores_home
 from raypipe.placement.plan import missing, missing_advice, store_options
 from raypipe.store import messages as msg
@@ -41,6 +42,8 @@ ANSWER_S = 5.0  # in which an actor that is found has to answer
 SETTLE_S = 2.0  # for which verdicts wait for a ticket to travel with
 GONE = (rex.RayActorError, rex.ObjectLostError, rex.OwnerDiedError, rex.NodeDiedError, rex.RaySystemError)
 
+NO_VAULT = "its actor answered without the hash of a vault's code; end what is left of older runs: raypipe down"
+MAX_GOING = 2  # updates kept to be fetched in pieces: the one on its way, and the next
 
 M = TypeVar("M", msg.Card, msg.Report, msg.Evaluation)
 
@@ -220,10 +223,10 @@ class StoreClient:
     coordinator has the run, this side lets go of the actor and never ends it.
     """
 
-    def __init__(self, store: Store, run: str, epoch: int, code: str, transport: Transport = "actor") -> None:
+    def __init__(self, store: Store, run: str, epoch: int, code: str, transport: Transport) -> None:
         self.store, self._transport = store, transport
         self._run, self._epoch = run, epoch
-        self._name = f"store/{run}/{store.id}/{code[:8]}"
+        self._name = f"store/{run}/{store.id}/{code[:8]}/{transport}"
         self._actor: Any = None
         self._process: int | None = None
         self._updates: dict[str, Any] = {}  # that came with their reports: they stay at their node until collected
@@ -252,6 +255,8 @@ class StoreClient:
             actor = ray.get_actor(self._name, namespace=NAMESPACE)
         except ValueError:
             return None
+        if self._transport == "vault" and not card.code:
+            raise StoreRefused(f"store {self.store.id}: {NO_VAULT}")
         with suppress(TimeoutError, rex.RayError):
             async with asyncio.timeout(ANSWER_S):
                 await actor.heartbeat.remote()

@@ -112,10 +112,10 @@ class VaultSite:
         self._aside.drop()
 
     def describe(self, run: str = "", epoch: int = 0) -> msg.Card:
-        """The process is the actor's: it is the one that a coordinator may end."""
+        """The process is the actor's: it is the one that a coordinator may end. An older vault's card has no `code`."""
         card = self._asked(msg.Card, {"verb": "describe", "run": run, "epoch": epoch})
         self.rate = card.limits.get("max_upload_bytes_s")
-        return replace(card, process=os.getpid(), node=self._node)
+        return replace(card, process=os.getpid(), node=self._node, code=card.code or self.code)
 
     def train(self, ticket: msg.Ticket, plan: msg.Plan, weights: Array, correction: Array | None = None) -> msg.Report:
         """A correction goes behind the weights; a vault of older code refuses what is so long."""
