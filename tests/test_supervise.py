@@ -55,6 +55,7 @@ class Place:
     def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
         env = {"PATH": f"{self.folder / 'bin'}:/usr/bin:/bin", "LOG": str(self.log), "HOME": str(self.folder)}
         env |= {"RAYPIPE_STORES": str(self.folder / "stores"), "RAYPIPE_HOME": str(self.folder / "home")}
+        env["RAYPIPE_VAULTS"] = str(self.folder / "v")
         command = [str(self.folder / "cluster" / script), *arguments]
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -106,6 +107,19 @@ def test_what_cannot_be_done_is_said_in_one_line(place: Place, script: str, argu
     assert err.startswith(f"{script}: {said}")
     assert err.count("\n") == 1
     assert place.started() == []
+
+
+def test_a_store_behind_a_vault_has_no_policy_file_that_its_node_could_read(place: Place, head: str) -> None:
+    place.program("ray", "exec sleep 60")
+    (place.folder / "v" / "b").mkdir(parents=True)
+    (place.folder / "v" / "b" / "vault.yaml").write_text("store: b\n")
+    running = place.start("store-node", "b", "--address", head)
+    wait_for(place.started)
+    _, err = (second := place.start("store-node", "b", "--address", head)).communicate(timeout=10)
+    assert second.returncode == 2
+    assert err == f"store-node: another one is at work: it holds {place.folder}/home/node-b.lock\n"
+    assert ended(running)[0] == 0
+    assert not (place.folder / "stores" / "b").exists()
 
 
 def test_an_option_that_ray_refuses_is_not_tried_again(place: Place, head: str) -> None:

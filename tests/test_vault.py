@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from test_site import Case, write
 from walls import ACTOR_USER, CAN, VAULT_USER, WHY, beside
 
 from raypipe.cli import main
+from raypipe.doctor.commands import screen
+from raypipe.doctor.findings import Seen, findings
+from raypipe.doctor.probe import Data, look_around
 from raypipe.errors import ConfigError, StoreError, StoreRefused, StoreSuperseded, StoreUnreachable
 from raypipe.ledger import entries
 from raypipe.ledger.chain import Ledger
@@ -470,6 +474,31 @@ def test_sums_that_are_measured_come_as_they_are(here: Here, tmp_path: Path, pip
     assert (gram.dtype, gram.tobytes()) == (expected.dtype, expected.tobytes())
     with pytest.raises(StoreRefused, match="only columns of rows have moments"):
         site.measure(case.plan, None, "moments", 1)
+
+
+def test_the_doctor_asks_a_vault_for_what_nobody_else_can_read(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYPIPE_VAULTS", str(tmp_path / "v"))
+    monkeypatch.setenv("RAYPIPE_STORES", str(tmp_path / "removed"))
+    place, now = Place("south"), datetime.now(UTC)
+    place.gate.mkdir(parents=True)
+    place.settings.write_text(settings())
+    place.socket.symlink_to(here.path)
+    facts, card = look_around(["south"], now), here.case.site.describe()
+    assert facts.troubles == ()
+    assert facts.data == (Data("south", "products", card.data["products"], card.data_hashes["products"]),)
+    assert facts.vaults == (("south", "c0de"),)
+    node = Seen("1", "a", True, ("south",), {}, facts)
+    (said,) = [one.line for one in findings([node], [], True) if "vault" in one.line]
+    assert said.startswith("store south: its vault runs other code (c0de) than this node (")
+    assert "products 100" in (told := "\n".join(map(str, screen([node]).columns[-1].cells)))
+    assert "(vault)" in told
+    place.socket.unlink()
+    monkeypatch.setattr("raypipe.doctor.probe.VAULT_S", 0)
+    (trouble,) = look_around(["south"], now).troubles
+    end = "(No such file or directory); on its machine: raypipe vault status south"
+    assert trouble == f"store south: its vault does not answer {end}"
 
 
 def test_two_protocols_apart_are_said_to_be(here: Here) -> None:

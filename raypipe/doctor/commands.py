@@ -97,7 +97,9 @@ def screen(seen: Sequence[Seen]) -> Table:
             table.add_row(one.address, stores, "no answer")
             continue
         facts = one.facts
-        data = "; ".join(f"{d.name} {sum(d.counts.values()):,} {d.digest[:8]}" for d in facts.data) or "-"
+        behind = dict(facts.vaults)
+        sets = [(f"{d.name} {sum(d.counts.values()):,} {d.digest[:8]}", d.store in behind) for d in facts.data]
+        data = "; ".join(f"{said} (vault)" if hidden else said for said, hidden in sets) or "-"
         table.add_row(
             one.address,
             stores,

@@ -88,6 +88,10 @@ def _of_node(node: Seen) -> list[Finding]:
     offered = node.offered.get("GPU", 0)
     if offered > len(facts.gpus):
         found.append(("WRONG", f"it offers {offered:g} GPU and its driver shows {len(facts.gpus)}"))
+    for store, code in facts.vaults:
+        if code != facts.code:
+            line = f"store {store}: its vault runs other code ({code[:8]}) than this node ({facts.code[:8]})"
+            found.append(("note", f"{line}; to renew it: raypipe vault install {store}, then restart it"))
     if facts.cert_days is not None and 0 < facts.cert_days < CERT_DAYS:
         found.append(("note", f"its certificate ends in {facts.cert_days:.0f} days: raypipe certs make, then send"))
     if node.down_mbs and min(node.down_mbs, node.up_mbs) < SLOW_MBS:

@@ -18,11 +18,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from raypipe.errors import ConfigError, RaypipeError
-from raypipe.placement.homes import raypipe_home, stores_home
+from raypipe.errors import ConfigError, RaypipeError, StoreError
+from raypipe.placement.homes import raypipe_home, stores_home, vaults_home
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "msgpack", "cryptography")
 CONNECT_S = 3.0
+VAULT_S = 2.0  # in which a vault that is being started answers
 LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp
 LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
 
@@ -39,7 +40,10 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """A node's own word. `ports`: of Ray's processes, those that listen on more than loopback."""
+    """A node's own word. `ports`: of Ray's processes, those that listen on more than loopback.
+
+    `vaults`: of stores that are behind one, the hash of the code that it says it runs.
+    """
 
     host: str
     at: float
@@ -54,19 +58,21 @@ class Facts:
     tls: bool
     cert_days: float | None
     ports: tuple[tuple[int, str], ...]
+    vaults: tuple[tuple[str, str], ...] = ()
 
 
 def look_around(stores: Sequence[str], now: datetime.datetime) -> Facts:
     """Of this node, which has these stores' data."""
-    data, troubles = _data(stores)
+    data, vaults, troubles = _data(stores)
     days, trouble = _cert_days(now)
+    disks = [vaults_home() if _vaulted(store) else stores_home() for store in stores] or [raypipe_home()]
     return Facts(
         host=socket.gethostname(),
         at=time.time(),
         versions={"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         code=_code(),
         gpus=_gpus(),
-        free_bytes=shutil.disk_usage(_existing(stores_home() if stores else raypipe_home())).free,
+        free_bytes=min(shutil.disk_usage(_existing(disk)).free for disk in disks),
         shm_bytes=shutil.disk_usage("/dev/shm").free,
         data=tuple(data),
         troubles=(*troubles, *trouble),
@@ -74,6 +80,7 @@ def look_around(stores: Sequence[str], now: datetime.datetime) -> Facts:
         tls=os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"),
         cert_days=days,
         ports=tuple(listening()),
+        vaults=tuple(vaults),
     )
 
 
@@ -154,22 +161,52 @@ def _program(command: str) -> str:
     return command[:40].strip()
 
 
-def _data(stores: Sequence[str]) -> tuple[list[Data], list[str]]:
+def _data(stores: Sequence[str]) -> tuple[list[Data], list[tuple[str, str]], list[str]]:
+    """Data sets, (store, code) of those behind a vault, what is wrong."""
+    data, vaults, troubles = list[Data](), [], []
+    for store in stores:
+        try:
+            if _vaulted(store):
+                found, code = _of_vault(store)
+                vaults.append((store, code))
+            else:
+                found = _of_policy(store)
+            data += found
+        except RaypipeError as error:
+            troubles.append(f"store {store}: {error.message.splitlines()[0]}")
+    return data, vaults, troubles
+
+
+def _vaulted(store: str) -> bool:
+    """By the vault's public description; what it guards is not this user's to look at."""
+    return os.path.exists(vaults_home() / store / "vault.yaml")
+
+
+def _of_vault(store: str) -> tuple[list[Data], str]:
+    from raypipe.vault.client import VaultSite
+    from raypipe.vault.place import Place
+
+    place = Place(store)
+    place.read()
+    site = VaultSite(place.socket, store, patience_s=VAULT_S)
+    try:
+        card = site.describe()
+    finally:
+        site.close()
+    if not card.data:
+        raise StoreError("its vault has no data set that can be read; the log in the vault's home says why")
+    return [Data(store, name, dict(counts), card.data_hashes[name]) for name, counts in card.data.items()], card.code
+
+
+def _of_policy(store: str) -> list[Data]:
     from raypipe.data.dataset import open_data
     from raypipe.store.policy import read_policy
 
-    data, troubles = [], []
-    for store in stores:
-        try:
-            policy = read_policy(stores_home() / store)
-            if policy.store != store:
-                raise ConfigError(f"its policy file is of store {policy.store}")
-            for name, entry in policy.data.items():
-                found = open_data(entry.folder, name=name, reader=entry.reader)
-                data.append(Data(store, name, dict(found.counts), found.content_hash))
-        except RaypipeError as error:
-            troubles.append(f"store {store}: {error.message.splitlines()[0]}")
-    return data, troubles
+    policy = read_policy(stores_home() / store)
+    if policy.store != store:
+        raise ConfigError(f"its policy file is of store {policy.store}")
+    opened = {name: open_data(e.folder, name=name, reader=e.reader) for name, e in policy.data.items()}
+    return [Data(store, name, dict(found.counts), found.content_hash) for name, found in opened.items()]
 
 
 def _cert_days(now: datetime.datetime) -> tuple[float | None, list[str]]:
