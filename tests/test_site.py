@@ -20,6 +20,7 @@ from raypipe.data.schema import write_split
 from raypipe.errors import ConfigError, RaypipeError, StoreError
 from raypipe.models import models
 from raypipe.models.flat import flatten, initial, state_dict_from
+from raypipe.placement.plan import store_options
 from raypipe.store.messages import Plan, Ticket, Verdict, encode
 from raypipe.store.optimizers import optimizers
 from raypipe.store.policy import read_policy
@@ -466,3 +467,17 @@ def test_gpus_that_are_not_there_are_a_configuration_error(tmp_path: Path, monke
 def test_layouts_differ_when_code_differs(case: Case) -> None:
     other: Layout = initial({**CNN, "width": 16}, 3, 1, SIZE, seed=0)[0]
     assert other.fingerprint != case.layout.fingerprint
+
+
+@pytest.mark.parametrize(("gpus", "share"), [(0.0, []), (0.25, [0.25]), (1.0, [1.0]), (2.0, [1.0])])
+def test_a_share_of_a_gpu_is_that_share_of_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: float, share: list[float]
+) -> None:
+    """What Ray places by is a promise; the cap keeps it. Without a GPU here: what torch is told."""
+    told: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", told.append)
+    site = Site(write(tmp_path / "south"), gpus=gpus)
+    assert (site._device.type, told) == ("cuda" if share else "cpu", share)
+    assert store_options("south", 1, gpus)["num_gpus"] == gpus
+    site.close()
