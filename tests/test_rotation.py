@@ -219,6 +219,29 @@ def test_check_says_how_many_stores_have_an_actor() -> None:
     assert (policy.quorum, policy.buffer_size) == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "said", "few"),
+    [
+        ("wait_for_all", {"cohort": 10}, 10),
+        ("wait_for_all", {"cohort": 10, "concurrency": 3}, 10),
+        ("wait_for_all", {"concurrency": 3}, None),  # each version has all stores, three at a time
+        ("fedbuff", {"concurrency": 10}, 10),
+        ("fedbuff", {"cohort": 10}, None),  # nobody is picked there: who hands over gets new work
+        ("wait_for_all", {"cohort": 10, "max_active_stores": 10}, None),
+        ("paced", {}, None),
+    ],
+)
+def test_check_says_that_stores_have_actors_that_few_of_them_need(
+    name: str, said: dict[str, Any], few: int | None
+) -> None:
+    """And the run asks for them all: the cohort is drawn from those who are there."""
+    policy = pace(name, 500, {**said, "max_versions": 1})
+    stores = [(f"s{i}", 1.0, 0.0) for i in range(500)]
+    found = [line for line in explain(stores, policy, Sizes(1, 1, 1, 1, 1.0, "x")) if "have an actor, and so" in line]
+    line = f"all 500 stores have an actor, and so a node, though {few} work at a time"
+    assert found == ([] if few is None else [f"{line}; with pacing.max_active_stores: {few} or more they take turns"])
+
+
 class Counted:
     """A port that answers, and knows how many of its kind have a process."""
 

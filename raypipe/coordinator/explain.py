@@ -49,9 +49,14 @@ def pace_in_words(policy: Policy, num_stores: int) -> str:
     return f"a version when all stores came, folded in store order{limit}"
 
 
-def _turns(policy: Policy) -> list[str]:
+def _turns(policy: Policy, num_stores: int) -> list[str]:
+    """Few places are not concluded from a small cohort: who takes turns is not drawn by chance from all, each turn
+    begins with a process that starts, and who does not come or is slow keeps a place from others. That is right where
+    nodes are to idle out, and a loss where they are up anyway: so it is said, and the run's owner decides."""
     if policy.max_active_stores is None:
-        return []
+        few = (policy.cohort if policy.refill == "on_publish" else policy.concurrency) or num_stores
+        at_work = f"all {num_stores} stores have an actor, and so a node, though {few} work at a time"
+        return [f"{at_work}; with pacing.max_active_stores: {few} or more they take turns"] if few < num_stores else []
     each = "each update" if policy.turn == 1 else f"{policy.turn} updates"
     return [f"at most {policy.max_active_stores} stores have an actor at a time; another's turn comes after {each}"]
 
@@ -64,7 +69,7 @@ def explain(stores: Sequence[tuple[str, float, float]], policy: Policy, sizes: S
     lines += [f"  {s:<16} on the node with store:{s}, {cpus:g} CPU, {gpus:g} GPU" for s, cpus, gpus in stores]
     lines += [
         f"pace: {pace_in_words(policy, n)}",
-        *_turns(policy),
+        *_turns(policy, n),
         f"model: {sizes.parameters:,} parameters; for each update {sizes.down_bytes / 1e6:.2f} MB down and "
         f"{sizes.up_bytes / 1e6:.2f} MB up",
         f"coordinator: {sizes.server_bytes / 1e6:.1f} MB for weights, server state and the open sum, for any number of "
