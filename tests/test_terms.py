@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -28,14 +30,17 @@ from raypipe.coordinator import events as ev
 from raypipe.coordinator.board import Board
 from raypipe.coordinator.policy import pace
 from raypipe.coordinator.stores import WARM_UP_S
-from raypipe.errors import ConfigError, StoreClosed, StoreRefused
-from raypipe.store.going import Going
+from raypipe.errors import ConfigError, StoreClosed, StoreError, StoreRefused, StoreUnreachable
+from raypipe.ledger.keys import digest
+from raypipe.store.actor import SiteActor
+from raypipe.store.going import TRIES, Going, fetched
 from raypipe.store.gpu_load import holders, load_of_others
 from raypipe.store.hours import closes, opens, parse
-from raypipe.store.messages import PROTOCOL, Card, Refusal, encode, expect
+from raypipe.store.messages import PROTOCOL, Card, Refusal, Report, Verdict, encode, expect
 from raypipe.store.policy import read_policy
 from raypipe.store.site import Site
 from raypipe.store.terms import Pacer, Terms
+from raypipe.vault.transfer import Piece
 
 NIGHT = [parse("22:00-06:00")]
 
@@ -217,12 +222,72 @@ def test_an_update_goes_in_pieces_of_which_each_has_its_time() -> None:
     while at_byte < going.about["num_bytes"]:
         piece, due_at = going.piece(at_byte)
         assert going.piece(at_byte)[1] == due_at, "asked for again"
-        pieces.append(piece)
+        pieces.append(piece.data)
         times.append(due_at)
-        at_byte += piece.size
-    assert np.array_equal(np.concatenate(pieces).view(going.about["dtype"]), np.arange(30_000, dtype="<f4"))
+        at_byte += len(piece.data)
+    assert np.array_equal(np.frombuffer(b"".join(pieces), going.about["dtype"]), np.arange(30_000, dtype="<f4"))
     assert times[-1] == pytest.approx(10.0 + 120_000 / 80_000.0)
     assert max(np.diff([10.0, *times])) <= 0.26
+
+
+def test_a_fetch_that_is_cut_in_its_middle_fetches_the_rest_only() -> None:
+    update = np.arange(60_000, dtype="<f4")
+    going, asked = Going(update, 80_000.0, 0.0), list[int]()
+
+    async def ask(at_byte: int) -> Piece:
+        asked.append(at_byte)
+        piece = going.piece(at_byte)[0]
+        if len(asked) == 5:
+            raise StoreUnreachable("store a: its node does not answer")
+        return replace(piece, data=bytes(len(piece.data))) if len(asked) == 8 else piece
+
+    found = asyncio.run(fetched(going.about, ask, pause_s=0))
+    assert (found.dtype, found.tobytes()) == (update.dtype, update.tobytes())
+    step = asked[1]
+    assert asked == sorted([*range(0, update.nbytes, step), 4 * step, 6 * step]), "the cut one, the damaged one"
+
+
+@pytest.mark.parametrize("error", [StoreUnreachable("gone"), StoreError("it is kept no longer; collect it again")])
+def test_a_fetch_of_what_does_not_come_any_more_ends(error: StoreError) -> None:
+    asked = list[int]()
+
+    async def ask(at_byte: int) -> Piece:
+        asked.append(at_byte)
+        raise error
+
+    with pytest.raises(StoreError) as caught:
+        asyncio.run(fetched(Going(np.zeros(9), 1.0, 0.0).about, ask, pause_s=0))
+    assert caught.value is error
+    assert len(asked) == (TRIES if isinstance(error, StoreUnreachable) else 1)
+    wrong = {**Going(np.zeros(9), 1.0, 0.0).about, "digest": digest(np.ones(9))}
+
+    async def other(at_byte: int) -> Piece:
+        return Going(np.zeros(9), 1.0, 0.0).piece(at_byte)[0]
+
+    with pytest.raises(StoreError, match="not the one that was announced"):
+        asyncio.run(fetched(wrong, other, pause_s=0))
+
+
+def test_an_update_is_fetched_whole_though_the_next_one_is_ready_meanwhile(tmp_path: Path) -> None:
+    case = Case(tmp_path / "south", max_upload_bytes_s=1e7)
+    actor = SiteActor("south", 1.0, 0.0, 1.0, orphan_s=1e9, transport="vault")  # it has no site of its own
+    actor._site = case.site
+    first, second = case.update({"id": "t1"}), case.update({"id": "t2", "seed": 6})
+    about = [actor.collect(ticket, [], "r", 1) for ticket in ("t1", "t2")]
+
+    async def piece(ticket: str, at_byte: int) -> Piece:
+        answer = actor.piece(ticket, at_byte)
+        assert isinstance(answer, tuple)
+        return Piece(*answer)
+
+    found = [asyncio.run(fetched(a, partial(piece, t))) for a, t in zip(about, ("t1", "t2"), strict=True)]
+    assert [array.tobytes() for array in found] == [first.tobytes(), second.tobytes()]
+    assert first.tobytes() != second.tobytes()
+    actor.settle([encode(Verdict("t1", 1, run="r", epoch=1))])
+    refused = actor.piece("t1", 0)
+    assert isinstance(refused, bytes)
+    with pytest.raises(StoreError, match="it is kept no longer"):
+        expect(Report, refused)
 
 
 def until(happened: Callable[[], Any], what: str) -> None:

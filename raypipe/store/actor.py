@@ -17,9 +17,11 @@ import logging
 import os
 import signal
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from threading import Thread
 from typing import Any, TypeVar, cast
 
@@ -32,18 +34,19 @@ from raypipe.errors import StoreError, StoreRefused, StoreSuperseded, StoreUnrea
 from raypipe.placement.homes import stores_home
 from raypipe.placement.plan import missing, missing_advice, store_options
 from raypipe.store import messages as msg
-from raypipe.store.going import Going
+from raypipe.store.going import Going, fetched
 from raypipe.store.pieces import Pieces
 from raypipe.store.safety import refusal, site_log
+from raypipe.vault.transfer import Piece
 
 NAMESPACE = "raypipe"
 ORPHAN_S = 120.0  # an actor that no coordinator has spoken to for so long ends itself
 ANSWER_S = 5.0  # in which an actor that is found has to answer
+NO_VAULT = "its actor answered without the hash of a vault's code; end what is left of older runs: raypipe down"
+MAX_GOING = 2  # updates kept to be fetched in pieces: the one on its way, and the next
 SETTLE_S = 2.0  # for which verdicts wait for a ticket to travel with
 GONE = (rex.RayActorError, rex.ObjectLostError, rex.OwnerDiedError, rex.NodeDiedError, rex.RaySystemError)
 
-NO_VAULT = "its actor answered without the hash of a vault's code; end what is left of older runs: raypipe down"
-MAX_GOING = 2  # updates kept to be fetched in pieces: the one on its way, and the next
 
 M = TypeVar("M", msg.Card, msg.Report, msg.Evaluation)
 
@@ -73,7 +76,7 @@ class SiteActor:
             self._make = lambda: _make_site(store, cpus, gpus, slowdown, ranks)
         self._heard = time.monotonic()
         self._pieces = Pieces()
-        self._going: Going | None = None
+        self._going: OrderedDict[str, Going] = OrderedDict()  # by ticket: one may train while another's is fetched
         Thread(target=self._end_when_orphaned, args=(orphan_s,), name="orphan", daemon=True).start()
 
     def describe(self, run: str, epoch: int) -> bytes:
@@ -112,23 +115,28 @@ class SiteActor:
         answer = self._answer("collect", lambda site: site.collect(ticket, how, run, epoch))
         if isinstance(answer, bytes) or self._site.rate is None:
             return cast("np.ndarray | bytes", answer)
-        self._going = Going(answer, self._site.rate, time.monotonic())
-        return self._going.about
+        going = self._going[ticket] = Going(answer, self._site.rate, time.monotonic())
+        while len(self._going) > MAX_GOING:
+            self._going.popitem(last=False)
+        return going.about
 
     @ray.method(concurrency_group="upload")
-    def piece(self, at: int) -> np.ndarray | bytes:
-        """Bytes of what is on its way, from an offset on, not before their time."""
-        if self._going is None:
+    def piece(self, ticket: str, at: int) -> tuple[int, bytes, bytes] | bytes:
+        """A Piece of an update that is on its way, from an offset on, not before its time."""
+        going = self._going.get(ticket)
+        if going is None:
             error = StoreError("it is kept no longer; collect it again")
             return msg.encode(refusal(error, self._store, "piece", self._log))
-        piece, due_at = self._going.piece(at)
+        piece, due_at = going.piece(at)
         time.sleep(max(0.0, due_at - time.monotonic()))
-        return piece
+        return piece.at, piece.data, piece.check
 
     def settle(self, verdicts: list[bytes]) -> None:
         def run(site: Any) -> None:
-            for verdict in verdicts:
-                site.settle(msg.expect(msg.Verdict, verdict))
+            for raw in verdicts:
+                verdict = msg.expect(msg.Verdict, raw)
+                site.settle(verdict)
+                self._going.pop(verdict.ticket, None)
 
         self._answer("settle", run)
 
@@ -247,6 +255,8 @@ class StoreClient:
         finally:
             waiting.cancel()
         self._process = card.process
+        if self._transport == "vault" and not card.code:
+            raise StoreRefused(f"store {self.store.id}: {NO_VAULT}")
         return card
 
     async def _found(self) -> Any:
@@ -255,8 +265,6 @@ class StoreClient:
             actor = ray.get_actor(self._name, namespace=NAMESPACE)
         except ValueError:
             return None
-        if self._transport == "vault" and not card.code:
-            raise StoreRefused(f"store {self.store.id}: {NO_VAULT}")
         with suppress(TimeoutError, rex.RayError):
             async with asyncio.timeout(ANSWER_S):
                 await actor.heartbeat.remote()
@@ -307,19 +315,17 @@ class StoreClient:
         if answer is None:  # also of a store whose uploads have a rate
             answer = await self._ask("collect", ticket, how, self._run, self._epoch)
         if isinstance(answer, dict):
-            answer = await self._fetched(int(answer["num_bytes"]), np.dtype(answer["dtype"]))
+            answer = await fetched(answer, partial(self._piece, ticket))
         return self._array(answer)
 
-    async def _fetched(self, num_bytes: int, dtype: Any) -> np.ndarray:
-        """Piece by piece, at the store's rate."""
-        whole, at = np.empty(num_bytes, np.uint8), 0
-        while at < num_bytes:
-            piece = self._array(await self._ask("piece", at))
-            if piece.dtype != np.uint8 or not 0 < piece.size <= num_bytes - at:
-                raise StoreError(f"store {self.store.id}: its update came in pieces that do not fit")
-            whole[at : at + piece.size] = piece
-            at += piece.size
-        return whole.view(dtype)
+    async def _piece(self, ticket: str, at: int) -> Piece:
+        """Raises StoreError."""
+        answer = await self._ask("piece", ticket, at)
+        if isinstance(answer, bytes):
+            self._expect(msg.Report, answer)  # a Refusal, raised
+        if type(answer) is not tuple or [type(part) for part in answer] != [int, bytes, bytes]:
+            raise StoreError(f"store {self.store.id}: its update came in pieces that are none")
+        return Piece(*answer)
 
     def _array(self, answer: Any) -> np.ndarray:
         if isinstance(answer, bytes):

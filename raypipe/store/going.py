@@ -1,15 +1,25 @@
-"""An update that leaves a store in pieces, no faster than the store's policy says."""
+"""An update that leaves a store in pieces, no faster than the store's policy says, and how it is fetched.
+
+A piece that did not come, or came damaged, is asked for again; what has come is not.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
+
+from raypipe.errors import StoreUnreachable
+from raypipe.ledger.keys import digest
+from raypipe.vault.transfer import Damaged, Incoming, Piece, piece_of
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 PIECE_S = 0.25  # of the rate, a piece
 LEAST = 1 << 14  # bytes
+TRIES, PAUSE_S = 20, 0.5  # for one piece; a link that is away for longer is the heartbeat's to tell
 
 
 class Going:
@@ -18,9 +28,30 @@ class Going:
     def __init__(self, array: Array, rate: float, now: float) -> None:
         self._raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy()  # its slot may be another's soon
         self._size, self._rate, self._began = max(LEAST, int(rate * PIECE_S)), rate, now
-        self.about = {"num_bytes": self._raw.size, "dtype": array.dtype.str}
+        self.about = {"num_bytes": self._raw.size, "dtype": array.dtype.str, "digest": digest(self._raw)}
 
-    def piece(self, at: int) -> tuple[Array, float]:
+    def piece(self, at: int) -> tuple[Piece, float]:
         """The bytes from an offset on, and when they may go: a piece asked for again has its time still."""
-        piece = self._raw[at : at + self._size]
-        return piece, self._began + (at + piece.size) / self._rate
+        piece = piece_of(self._raw, at, self._size)
+        return piece, self._began + (at + len(piece.data)) / self._rate
+
+
+async def fetched(
+    about: Mapping[str, Any], ask: Callable[[int], Awaitable[Piece]], *, pause_s: float = PAUSE_S
+) -> Array:
+    """What a `Going` is about; `ask` for the piece at an offset.
+
+    Raises StoreError: what `ask` raises, but StoreUnreachable only when a piece did not come in `TRIES`; Damaged
+    likewise; that the whole is not what was announced.
+    """
+    coming, failed = Incoming(str(about["digest"]), int(about["num_bytes"])), 0
+    while not coming.whole():
+        try:
+            coming.take(await ask(coming.have))
+            failed = 0
+        except (StoreUnreachable, Damaged):
+            failed += 1
+            if failed == TRIES:
+                raise
+            await asyncio.sleep(pause_s)
+    return coming.data.view(np.dtype(about["dtype"]))

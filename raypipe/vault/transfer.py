@@ -30,11 +30,20 @@ class Piece:
     check: bytes
 
 
+class Damaged(StoreError):
+    """A piece that is not the next one, or not as it was sent: asked for again, it may come right."""
+
+
+def piece_of(raw: Array, at: int, size: int) -> Piece:
+    """Of a uint8 array, so many bytes at most."""
+    data = raw[at : at + size].tobytes()
+    return Piece(at, data, blake3(data).digest(8))
+
+
 def pieces(raw: Array, at: int) -> Iterator[Piece]:
     """Of a uint8 array, from an offset on."""
     for start in range(at, raw.size, PIECE):
-        data = raw[start : start + PIECE].tobytes()
-        yield Piece(start, data, blake3(data).digest(8))
+        yield piece_of(raw, start, PIECE)
 
 
 class Incoming:
@@ -46,13 +55,13 @@ class Incoming:
         self.have = 0
 
     def take(self, piece: Piece) -> None:
-        """Raises StoreError: not the next one, too long, damaged."""
+        """Raises Damaged: not the next one, too long, not what was sent."""
         if piece.at != self.have:
-            raise StoreError(f"piece {piece.at} came where {self.have} was next")
+            raise Damaged(f"piece {piece.at} came where {self.have} was next")
         if not 0 < len(piece.data) <= self.data.size - self.have:
-            raise StoreError("more pieces came than were announced")
+            raise Damaged("more pieces came than were announced")
         if blake3(piece.data).digest(8) != piece.check:
-            raise StoreError(f"piece {piece.at} was damaged on its way")
+            raise Damaged(f"piece {piece.at} was damaged on its way")
         self.data[self.have : self.have + len(piece.data)] = np.frombuffer(piece.data, np.uint8)
         self.have += len(piece.data)
 
