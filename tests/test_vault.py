@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import mmap
@@ -778,3 +779,22 @@ def test_a_federation_with_a_store_behind_a_vault_gives_the_bytes_of_one_without
     finally:
         process.terminate()
         process.wait(30)
+
+
+@pytest.mark.cluster
+def test_a_site_in_the_actor_is_not_taken_for_the_vault_that_was_asked_for(cluster: Any) -> None:
+    from test_cluster import connected
+
+    from raypipe.config.schema import Store
+    from raypipe.placement.plan import store_options
+    from raypipe.store.actor import NAMESPACE, StoreActor, StoreClient
+
+    asked, found = (StoreClient(Store(id="shop-3", cpus=0.2), "r", 1, "c0de", way) for way in ("vault", "actor"))
+    assert asked._name != found._name, "neither finds the other's actor"
+    named = {"name": asked._name, "namespace": NAMESPACE, **store_options("shop-3", 0.2, 0)}
+    with connected(cluster):
+        actor = StoreActor.options(**named).remote("shop-3", 0.2, 0.0, 1.0, transport="actor")
+        with pytest.raises(StoreRefused, match="store shop-3: its actor answered without the hash of a vault's code"):
+            asyncio.run(asked.join())
+        asked.kill()
+        del actor
