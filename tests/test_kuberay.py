@@ -1,6 +1,6 @@
-"""cluster/kuberay.yaml against KubeRay's published CRDs (helm-chart/kuberay-operator/crds, RayCluster of 017710c,
-RayJob of 037e91b): the fields that it uses, as they are typed there. What a CRD does not name, Kubernetes takes away
-unsaid.
+"""cluster/kuberay.yaml against an excerpt, made by hand, of KubeRay's published CRD (helm-chart/kuberay-operator/crds,
+RayCluster of 017710c) and of Kubernetes' NetworkPolicy: the fields that it uses, as they are typed there. What a CRD
+does not name, Kubernetes takes away unsaid.
 """
 
 from __future__ import annotations
@@ -67,14 +67,17 @@ CLUSTER = {
         }
     ],
 }
-JOB = {
-    "clusterSelector": TEXTS,
-    "entrypoint": str,
-    "entrypointNumCpus": (int, float),
-    "shutdownAfterJobFinishes": bool,
+LABELLED = {"matchLabels": TEXTS}
+POLICY = {
+    "podSelector": LABELLED,
+    "policyTypes": [("Ingress", "Egress")],
+    "ingress": [{"from": [{"podSelector": LABELLED, "namespaceSelector": LABELLED}], "ports": [{"port": int}]}],
 }
-HEAD = {"apiVersion": ("ray.io/v1",), "kind": str, "metadata": {"name": str, "namespace": str, "labels": TEXTS}}
-KINDS = {"RayCluster": {**HEAD, "spec": CLUSTER}, "RayJob": {**HEAD, "spec": JOB}}
+META = {"name": str, "namespace": str, "labels": TEXTS}
+KINDS: dict[str, Any] = {
+    "RayCluster": {"apiVersion": ("ray.io/v1",), "kind": str, "metadata": META, "spec": CLUSTER},
+    "NetworkPolicy": {"apiVersion": ("networking.k8s.io/v1",), "kind": str, "metadata": META, "spec": POLICY},
+}
 
 
 def misfits(said: Any, shape: Any, at: str) -> Iterator[str]:
@@ -103,7 +106,7 @@ def objects() -> list[dict[str, Any]]:
 
 def test_every_field_is_one_of_the_published_crds() -> None:
     made = objects()
-    assert [one["kind"] for one in made] == ["RayCluster", "RayJob"]
+    assert [one["kind"] for one in made] == ["RayCluster", "NetworkPolicy"]
     assert [line for one in made for line in misfits(one, KINDS[one["kind"]], one["kind"])] == []
 
 
@@ -126,12 +129,26 @@ def test_a_field_that_is_not_is_found(change: Any, line: str) -> None:
     assert found.startswith(line)
 
 
-def test_what_each_container_mounts_is_a_volume_of_its_pod_and_jobs_find_their_cluster() -> None:
-    cluster, job = objects()
-    spec = cluster["spec"]
+def test_what_each_container_mounts_is_a_volume_of_its_pod() -> None:
+    spec = objects()[0]["spec"]
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
         pod = group["template"]["spec"]
         there = {volume["name"] for volume in pod["volumes"]}
         mounted = {m["name"] for c in [*pod["initContainers"], *pod["containers"]] for m in c["volumeMounts"]}
         assert mounted == there
-    assert job["spec"]["clusterSelector"]["ray.io/cluster"] == cluster["metadata"]["name"]
+
+
+def test_jobs_and_dashboard_are_on_loopback_and_only_the_clusters_own_pods_get_in() -> None:
+    """KubeRay has the dashboard on 0.0.0.0 where nothing is said, in plain HTTP; TLS does not cover it."""
+    cluster, policy = objects()
+    assert cluster["spec"]["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "127.0.0.1"
+    assert not {"headService", "enableIngress"} & cluster["spec"]["headGroupSpec"].keys()
+    own = {"matchLabels": {"ray.io/cluster": cluster["metadata"]["name"]}}
+    assert policy["spec"] == {
+        "podSelector": own,
+        "policyTypes": ["Ingress"],
+        "ingress": [{"from": [{"podSelector": own}]}],
+    }
+    said = (ROOT / "cluster" / "kuberay.yaml").read_text()
+    assert "0.0.0.0" not in said
+    assert f"name: RAY_USE_TLS\n{' ' * 6}value: '1'" in said

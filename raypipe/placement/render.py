@@ -179,9 +179,10 @@ def aws_config(machines: Sequence[Machine], settings: Settings) -> dict[str, Any
 
 
 def kuberay_objects(machines: Sequence[Machine], settings: Settings) -> list[dict[str, Any]]:
-    """A RayCluster with a worker group a store, and a RayJob that runs on it.
+    """A RayCluster with a worker group a store, and who may reach it.
 
-    A store's pod runs on the Kubernetes node labelled `raypipe.io/store=<id>` alone, where its data lies.
+    A store's pod runs on the Kubernetes node labelled `raypipe.io/store=<id>` alone, where its data lies. There is no
+    RayJob: KubeRay's operator would ask the jobs' port over the pod network in plain HTTP, in each submission mode.
     """
     groups = [_worker_group(machine, settings) for machine in machines]
     if alike := repeated(group["groupName"] for group in groups):
@@ -201,24 +202,24 @@ def kuberay_objects(machines: Sequence[Machine], settings: Settings) -> list[dic
                 "volumeMounts": [{"name": "tls", "mountPath": "/tls", "readOnly": True}],
             },
             "headGroupSpec": {
-                "rayStartParams": {"num-cpus": "0"},
+                "rayStartParams": {"num-cpus": "0", "dashboard-host": "127.0.0.1"},  # KubeRay's own: 0.0.0.0
                 "template": {"spec": _pod("ray-head", settings, cpus=2, gpus=0)},
             },
             "workerGroupSpecs": groups,
         },
     }
-    job = {
-        "apiVersion": "ray.io/v1",
-        "kind": "RayJob",
-        "metadata": {"name": f"{settings.name}-federate"},
-        "spec": {
-            "clusterSelector": {"ray.io/cluster": settings.name},
-            "entrypoint": "raypipe train /opt/raypipe/configs/quickstart.yaml",
-            "entrypointNumCpus": 0,
-            "shutdownAfterJobFinishes": False,
-        },
+    return [cluster, _only_its_own_pods(settings)]
+
+
+def _only_its_own_pods(settings: Settings) -> dict[str, Any]:
+    """Nobody else's pod reaches the cluster's. `kubectl port-forward` and a kubelet's probes are no pod's."""
+    own = {"matchLabels": {"ray.io/cluster": settings.name}}  # KubeRay gives it to every pod of a cluster
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": settings.name},
+        "spec": {"podSelector": own, "policyTypes": ["Ingress"], "ingress": [{"from": [{"podSelector": own}]}]},
     }
-    return [cluster, job]
 
 
 def _worker_group(machine: Machine, settings: Settings) -> dict[str, Any]:
@@ -304,7 +305,11 @@ HEADERS = {
 #   kubectl create secret generic NAME-ca --from-file=ca.key --from-file=ca.crt --from-file=token    (~/.raypipe/certs)
 #   kubectl label node NODE raypipe.io/store=ID ...
 #   kubectl apply -f cluster/kuberay.yaml
-# Jobs and dashboard: `kubectl port-forward service/NAME-head-svc 8265`; give the service no way out of the cluster.
+# Jobs and dashboard are on the loopback of the head's pod, where port-forward comes out (through Kubernetes' own TLS):
+#   kubectl port-forward service/NAME-head-svc 8265        # for as long as it runs
+#   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(kubectl get secret NAME -o jsonpath='{.data.auth_token}' | base64 -d)
+#   ray job submit --address http://127.0.0.1:8265 -- raypipe train /opt/raypipe/configs/quickstart.yaml
+# The NetworkPolicy needs a network plugin that knows them; without one every pod reaches the cluster's other ports.
 """,
 }
 
