@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import io
+import re
 import ssl
 import subprocess
 import tarfile
@@ -19,6 +20,7 @@ from conftest import ROOT
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from raypipe.cli import main
+from raypipe.config.load import load
 from raypipe.doctor.findings import Seen, findings, stayed
 from raypipe.doctor.probe import Data, Facts
 from raypipe.errors import ConfigError
@@ -117,6 +119,16 @@ def test_five_hundred_stores_are_planned_within_a_second() -> None:
     assert len(stores_config(machines, SETTINGS)["available_node_types"]) == 501
     assert time.process_time() - begin < 1
     assert len(str(kuberay_objects(machines, SETTINGS)[0])) < 1_500_000  # what Kubernetes takes as one object
+
+
+def test_the_configuration_that_the_readme_submits_runs_on_the_cluster_that_it_makes() -> None:
+    """Its stores are those of the list, and each machine has what its store asks for."""
+    submitted = re.search(r"ray job submit .* -- python jobs/federate.py (\S+)", (ROOT / "README.md").read_text())
+    assert submitted
+    there = {machine.store: machine for machine in read_machines(ROOT / "cluster" / "stores.csv")}
+    stores = load(ROOT / submitted[1], (), lambda _: []).stores
+    assert [store.id for store in stores] == list(there)
+    assert [s.id for s in stores if s.cpus > there[s.id].cpus or s.gpus > there[s.id].gpus] == []
 
 
 def test_the_files_in_cluster_are_what_their_list_renders_to() -> None:
