@@ -9,7 +9,7 @@ GRACE_S=10          # between SIGTERM and SIGKILL
 
 me=$(basename "$0")
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
-stopping='' ended='' children=()
+stopping='' ended='' again='' insecure='' children=()
 [[ -d $here/../.venv/bin ]] && PATH=$(readlink -f "$here/../.venv/bin"):$PATH
 
 # Nothing on a node is worth a drain of 30 s: a store keeps what it has finished, a coordinator what it has decided.
@@ -32,6 +32,30 @@ need_programs() {
     for name in setsid setpriv flock timeout "$@"; do
         command -v "$name" >/dev/null || refuse "no program $name in PATH: $PATH"
     done
+}
+
+need_doors() { # a token and certificates: the environment's, else what `raypipe certs send` put on this machine
+    local tls=~/.raypipe/tls
+    [[ -z $insecure ]] || return 0
+    [[ -d $tls || -n ${RAY_TLS_SERVER_CERT-} ]] ||
+        refuse "no $tls: raypipe certs send gives a node its token and certificate; --insecure does without"
+    export RAY_AUTH_MODE=${RAY_AUTH_MODE-token} RAY_USE_TLS=${RAY_USE_TLS-1}
+    [[ -n ${RAY_AUTH_TOKEN-} ]] || export RAY_AUTH_TOKEN_PATH=${RAY_AUTH_TOKEN_PATH-$tls/token}
+    export RAY_TLS_SERVER_CERT=${RAY_TLS_SERVER_CERT-$tls/node.crt} RAY_TLS_SERVER_KEY=${RAY_TLS_SERVER_KEY-$tls/node.key}
+    export RAY_TLS_CA_CERT=${RAY_TLS_CA_CERT-$tls/ca.crt}
+    [[ $RAY_AUTH_MODE == token && ${RAY_USE_TLS,,} =~ ^(1|true)$ ]] ||
+        refuse "RAY_AUTH_MODE=$RAY_AUTH_MODE RAY_USE_TLS=$RAY_USE_TLS let strangers in: token and 1, or say --insecure"
+    need_programs raypipe
+}
+
+doors_hold() { # before each start, as a certificate ends while its node is kept; fails when this is not the first
+    local said
+    [[ -z $insecure ]] || return 0
+    said=$(raypipe certs check 2>&1) && return
+    said=${said%%$'\n'*} said=${said#raypipe: }
+    [[ -n $again ]] || refuse "$said"
+    say "$said"
+    return 1
 }
 
 need_alone() { # a file that one supervisor at a time holds; what it starts does not
@@ -117,6 +141,7 @@ supervise() { # a function, with arguments, that starts something and waits for 
         [[ -z $stopping ]] || break
         ((ended != 2)) || refuse "ray start refused an option: see above"
         ((SECONDS - began < STEADY_S)) || wait_s=$FIRST_S
+        again=1
         say "it has ended: again in $wait_s s"
         pause "$wait_s"
         wait_s=$((wait_s * 2 < MOST_S ? wait_s * 2 : MOST_S))

@@ -65,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--address", help="a running Ray cluster, e.g. 10.0.0.1:6379; default: RAY_ADDRESS, else here")
     resume = verb("resume", _resume, "take up every run of this cluster's head that died; see cluster/head-node")
     resume.add_argument("--address", help="the Ray cluster; default: RAY_ADDRESS, else the one on this machine")
-
-    train.add_argument("--insecure", action="store_true", help="on a cluster that lets strangers run code, too")
+    for sub in (train, resume):
+        sub.add_argument("--insecure", action="store_true", help="on a cluster that lets strangers run code, too")
     check = verb("check", _check, "say what would run where and what it would move; start nothing")
     configured(check)
     data_verbs.add(verb, configured)
@@ -152,9 +152,8 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 def _resume(options: argparse.Namespace, console: Console) -> int:
     from raypipe.launch import take_up
 
-    take_up(
-        options.address or os.environ.get("RAY_ADDRESS") or "auto", lambda line: print(f"raypipe: {line}", flush=True)
-    )
+    address = options.address or os.environ.get("RAY_ADDRESS") or "auto"
+    take_up(address, lambda line: print(f"raypipe: {line}", flush=True), insecure=options.insecure)
     return 0
 
 

@@ -176,20 +176,24 @@ def watch(actor: Any, see: Callable[[dict[str, Any]], None], check: Callable[[],
     return summary
 
 
-def take_up(address: str, say: Callable[[str], None]) -> None:
-    """Every run of this head that died, until each is over. Raises RunError when the cluster ends before they do.
+def take_up(address: str, say: Callable[[str], None], *, insecure: bool = False) -> None:
+    """Every run of this head that died, until each is over. Raises RunError when the cluster ends before they do,
+    ConfigError when it lets strangers in, unless `insecure`.
 
     For the head's supervisor: a run that cannot be read is told and left, one that could not go on for now is told
     and counts as lost; SIGTERM ends this process and with it the coordinators, not the runs.
     """
     from raypipe.comeback import unfinished
     from raypipe.placement import actor as cluster
+    from raypipe.security.actor import refuse_open
 
     died = unfinished()
     if not died:
         return
     cluster.connect(address)
     try:
+        if not insecure:
+            refuse_open(cluster.address())
         cluster.wait_for_head(HEAD_S)
         working = dict(filter(None, (_again(run, config, say) for run, config in died.items())))
         lost = _see_out(working, say)

@@ -53,6 +53,7 @@ class Site:
     head: Machine
     stores: dict[str, Machine]
     kept: dict[str, subprocess.Popen[str]] = field(default_factory=dict)  # the newest supervisor of each
+    opened: tuple[str, ...] = ("--insecure",)
 
     @property
     def env(self) -> dict[str, str]:
@@ -70,12 +71,19 @@ class Site:
         return machine.start(*command, cwd=ROOT, env=self.env, stdout=log, stderr=subprocess.STDOUT)
 
     def keep_head(self) -> None:
-        script = [str(ROOT / "cluster/head-node"), "--address", self.address, "--", "--include-dashboard=false"]
+        script = [
+            str(ROOT / "cluster/head-node"),
+            "--address",
+            self.address,
+            *self.opened,
+            "--",
+            "--include-dashboard=false",
+        ]
         self.kept["head"] = self.run(self.head, "head", *script, f"--system-config={SYSTEM}", *SMALL)
 
     def keep_store(self, store: str) -> None:
-        script = [str(ROOT / "cluster/store-node"), store, "--address", self.address, "--labels", "region=test", "--"]
-        self.kept[store] = self.run(self.stores[store], store, *script, *SMALL)
+        script = [str(ROOT / "cluster/store-node"), store, "--address", self.address, "--labels", "region=test"]
+        self.kept[store] = self.run(self.stores[store], store, *script, *self.opened, "--", *SMALL)
 
     @property
     def address(self) -> str:
@@ -164,7 +172,7 @@ def test_a_store_cut_off_until_it_is_declared_dead_contributes_again(site: Site)
 
 
 def test_a_head_switched_off_goes_on_within_a_minute_of_its_return(site: Site) -> None:
-    beside = site.run(site.head, "beside", "raypipe", "resume", "--address", site.address)
+    beside = site.run(site.head, "beside", "raypipe", "resume", "--insecure", "--address", site.address)
     assert beside.wait(60) == 0
     assert site.log("beside").endswith(": is going on\n"), "no second coordinator for a run that has one"
     before = site.versions()

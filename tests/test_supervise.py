@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +25,8 @@ from raypipe.config.schema import RunConfig
 from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.launch import _ended
 from raypipe.placement.plan import store_options
+from raypipe.security.certs import make_node, open_authority, token_of
+from raypipe.security.files import write_secret
 from raypipe.tracking.journal import Journal
 
 FAKE = """#!/bin/bash
@@ -52,17 +57,25 @@ class Place:
         file.write_text(FAKE.format(body=body))
         file.chmod(0o755)
 
-    def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, script: str, *arguments: str, insecure: bool = True, **said: str) -> subprocess.Popen[str]:
         env = {"PATH": f"{self.folder / 'bin'}:/usr/bin:/bin", "LOG": str(self.log), "HOME": str(self.folder)}
         env |= {"RAYPIPE_STORES": str(self.folder / "stores"), "RAYPIPE_HOME": str(self.folder / "home")}
         env["RAYPIPE_VAULTS"] = str(self.folder / "v")
-        command = [str(self.folder / "cluster" / script), *arguments]
+        command = [str(self.folder / "cluster" / script), *["--insecure"] * insecure, *arguments]
+        env |= said
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def started(self) -> list[tuple[float, str]]:
         """When, and with what, programs were started."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return [(float(at), words) for at, words in (line.split(" ", 1) for line in lines)]
+
+    def certify(self, made_at: datetime.datetime) -> None:
+        """What `raypipe certs send` leaves on a node, and raypipe itself, to look at it."""
+        tls = self.folder / ".raypipe" / "tls"
+        make_node(open_authority(self.folder / "ca", made_at), tls, "a", ["127.0.0.1"], made_at)
+        write_secret(tls / "token", token_of(self.folder / "ca"))
+        self.program("raypipe", f'PYTHONPATH={ROOT} exec {sys.executable} -m raypipe "$@"')
 
 
 @pytest.fixture
@@ -120,6 +133,82 @@ def test_a_store_behind_a_vault_has_no_policy_file_that_its_node_could_read(plac
     assert err == f"store-node: another one is at work: it holds {place.folder}/home/node-b.lock\n"
     assert ended(running)[0] == 0
     assert not (place.folder / "stores" / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said", "line"),
+    [
+        ("store-node", ["a"], {}, "no {home}/.raypipe/tls: raypipe certs send gives a node its token and certificate"),
+        ("head-node", [], {}, "no {home}/.raypipe/tls: raypipe certs send gives a node its token and certificate"),
+        ("store-node", ["a"], {"RAY_TLS_SERVER_CERT": "/none"}, "token {home}/.raypipe/tls/token cannot be read"),
+    ],
+)
+def test_without_token_and_certificate_no_node_is_started(
+    place: Place, script: str, arguments: list[str], said: dict[str, str], line: str
+) -> None:
+    for name in ("ray", "raypipe"):
+        place.program(name, f'PYTHONPATH={ROOT} exec {sys.executable} -m raypipe "$@"')
+    done = place.start(script, *arguments, "--address", "h:1", insecure=False, **said)
+    assert done.wait(30) == 2
+    assert done.stderr.read().startswith(f"{script}: {line.format(home=place.folder)}")
+    assert [words for _, words in place.started() if "start" in words] == []
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said", "line"),
+    [
+        ("store-node", ["a"], {"RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE=disabled RAY_USE_TLS=1 let strangers in"),
+        ("head-node", [], {"RAY_USE_TLS": "0"}, "RAY_AUTH_MODE=token RAY_USE_TLS=0 let strangers in: token and 1, or"),
+        ("head-node", ["--", "--dashboard-host=10.0.0.1"], {}, "--dashboard-host: the jobs' port is plain HTTP"),
+        ("head-node", ["--", "--dashboard-host", "0.0.0.0"], {}, "--dashboard-host: the jobs' port is plain HTTP"),
+    ],
+)
+def test_a_door_that_is_said_to_be_left_open_is_refused(
+    place: Place, script: str, arguments: list[str], said: dict[str, str], line: str
+) -> None:
+    place.certify(datetime.datetime.now(datetime.UTC))
+    place.program("ray", "exec sleep 60")
+    first = arguments[:1] if arguments[:1] != ["--"] else []
+    done = place.start(script, *first, "--address", "h:1", *arguments[len(first) :], insecure=False, **said)
+    assert done.wait(30) == 2
+    assert done.stderr.read().startswith(f"{script}: {line}")
+    assert place.started() == []
+
+
+def test_a_certificate_that_has_ended_is_said_before_a_node_is_started(place: Place, head: str) -> None:
+    place.certify(datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=400))
+    place.program("ray", "exec sleep 60")
+    _, err = (done := place.start("store-node", "a", "--address", head, insecure=False)).communicate(timeout=30)
+    assert done.returncode == 2
+    file = place.folder / ".raypipe" / "tls" / "node.crt"
+    assert re.fullmatch(rf"store-node: certificate {file} ended on \S+: raypipe certs make, then .* send\n", err)
+    assert [words for _, words in place.started() if words.startswith("start")] == []
+
+
+def test_a_node_shows_what_certs_send_put_on_its_machine(place: Place, head: str) -> None:
+    """And a certificate that ends while it is kept stops no supervisor: its node is begun anew when it is renewed."""
+    now = datetime.datetime.now(datetime.UTC)
+    place.certify(now)
+    place.program("ray", f"env | grep -E '^RAY_(AUTH|TLS|USE)' | sort > {place.folder}/shown; sleep 4")
+    running = place.start("store-node", "a", "--address", head, insecure=False)
+    wait_for(lambda: (place.folder / "shown").exists() and (place.folder / "shown").read_text(), 30)
+    tls = place.folder / ".raypipe" / "tls"
+    assert (place.folder / "shown").read_text().split() == [
+        "RAY_AUTH_MODE=token",
+        f"RAY_AUTH_TOKEN_PATH={tls}/token",
+        f"RAY_TLS_CA_CERT={tls}/ca.crt",
+        f"RAY_TLS_SERVER_CERT={tls}/node.crt",
+        f"RAY_TLS_SERVER_KEY={tls}/node.key",
+        "RAY_USE_TLS=1",
+    ]
+    place.certify(now - datetime.timedelta(days=400))
+    checks = sum("certs check" in words for _, words in place.started())
+    wait_for(lambda: sum("certs check" in words for _, words in place.started()) >= checks + 2, 40)
+    place.certify(now)
+    wait_for(lambda: sum(words.startswith("start") for _, words in place.started()) == 2, 40)
+    code, out, err = ended(running)
+    assert (code, err) == (0, "")
+    assert "ended on" in out
 
 
 def test_an_option_that_ray_refuses_is_not_tried_again(place: Place, head: str) -> None:
@@ -218,7 +307,7 @@ def test_the_head_is_started_and_what_died_is_taken_up_until_that_succeeds(place
     assert ended(running)[0] == 0
     words = [words for _, words in place.started()]
     start = f"start --head --block --disable-usage-stats --node-ip-address=127.0.0.1 --port={port} --num-cpus=0"
-    assert words == [start, *[f"resume --address 127.0.0.1:{port}"] * 2]
+    assert words == [start, *[f"resume --address 127.0.0.1:{port} --insecure"] * 2]
 
 
 @pytest.mark.parametrize("unit", ["raypipe-store@.service", "raypipe-head.service"])

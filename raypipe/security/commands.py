@@ -6,6 +6,7 @@ import argparse
 import datetime
 import io
 import ipaddress
+import os
 import socket
 import tarfile
 from collections.abc import Callable, Sequence
@@ -46,6 +47,9 @@ def add_parsers(subparsers: Parsers) -> None:
     send.add_argument("--key", help="ssh private key; default: ssh's own")
     send.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these stores, or 'head'")
     verb("show", certs_show, "how long each certificate holds; exit code 1 if one has ended")
+    help = "token, key and certificate as the environment names them, before a node shows them; exit code 2"
+    check = verbs.add_parser("check", help=help, description=help, allow_abbrev=False)
+    check.set_defaults(run=lambda *_: certs_check())
     node = verb("node", certs_node, "a certificate for this very machine, where the CA's folder is (images, clouds)")
     node.add_argument("--out", type=Path, required=True)
     node.add_argument("--address", nargs="+", default=[], help="names and addresses; default: this machine's own")
@@ -106,6 +110,14 @@ def certs_show(options: argparse.Namespace) -> int:
         left = f"{one.days_left:.0f} days" if one.days_left > 0 else "ENDED"
         print(f"{one.name:24} {left:>10}  {', '.join(one.addresses)}")
     return 1 if any(one.days_left <= 0 for one in found) else 0
+
+
+def certs_check() -> int:
+    """For the supervisors: Ray's own words for a certificate that has ended are few. Raises ConfigError."""
+    from raypipe.security.own import check_own
+
+    check_own(os.environ, _now())
+    return 0
 
 
 def certs_node(options: argparse.Namespace) -> int:
