@@ -203,7 +203,7 @@ class Place:
         self.run = begun[-1].parent.name if begun else ""
         what = ["--resume", self.run] if self.run else [str(config)]
         command = [sys.executable, str(ROOT / "jobs" / "chaos_port.py"), "train", *what]
-        self.command = self._start([*command, "--address", self.cluster.address], "command.log")
+        self.command = self._start([*command, "--insecure", "--address", self.cluster.address], "command.log")
         self.started += 1
 
     def _start(self, command: list[str], log: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:

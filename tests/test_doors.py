@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import ROOT, STORES, Place
 
 from raypipe.errors import ConfigError, RunError
 from raypipe.security.actor import Doors, look, refuse_misfit, refuse_open
+from raypipe.tracking.journal import Journal
 
 pytestmark = pytest.mark.cluster
 
@@ -36,7 +38,28 @@ def test_a_cluster_that_lets_strangers_in_is_refused(cluster: Place, seen_by_oth
     assert look(seen_by_others) == Doors(tls=False, token=False)
     with pytest.raises(ConfigError, match="is open: no token authentication and no TLS; whoever reaches it runs code"):
         refuse_open(seen_by_others)
-    refuse_open(cluster.address)  # nobody else is on loopback
+    with pytest.raises(ConfigError, match="is open: no token authentication; whoever reaches it"):
+        refuse_open(cluster.address)  # loopback's, where it listens is everywhere
+
+
+def test_what_only_this_machine_reaches_needs_no_door() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        refuse_open(f"127.0.0.1:{server.getsockname()[1]}")
+
+
+def test_no_run_is_taken_up_where_strangers_get_in(
+    seen_by_others: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYPIPE_HOME", str(tmp_path))
+    (tmp_path / "runs" / "died").mkdir(parents=True)
+    journal = Journal(tmp_path / "runs" / "died" / "journal.sqlite", write=True)
+    config = {"name": "x", "stores": [{"id": "a"}], "stop": {"max_versions": 1}}
+    journal.append("run_started", {"config": config, "cluster": True}, 0.0)
+    journal.close()
+    done = raypipe("resume", "--address", seen_by_others)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "is open: no token authentication" in done.stderr
 
 
 def test_what_a_cluster_does_not_speak_is_said(cluster: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,7 @@ from ray.core.generated import gcs_service_pb2_grpc as services
 from raypipe.errors import ConfigError, RunError
 
 ANSWER_S = 5.0
+SIOCGIFADDR = 0x8915  # Linux: a network card's address
 asked: Any = gcs_service_pb2  # generated, without types
 TLS_FILES = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
 
@@ -60,17 +64,41 @@ def refuse_misfit(address: str) -> None:
 
 
 def refuse_open(address: str) -> None:
-    """Raises ConfigError when a cluster that others can reach lets strangers run code on every node."""
-    host = address.rpartition(":")[0].strip("[]")
-    if host.startswith("127.") or host in {"localhost", "::1"}:
+    """Raises ConfigError when a cluster that others can reach lets strangers run code on every node.
+
+    Ray's control service listens on every address of its machine, whichever the cluster goes by. Where that is
+    loopback a token will do: what goes over the wire there nobody else hears.
+    """
+    host, port = address.rpartition(":")[::2]
+    inside = host.startswith("127.") or host.strip("[]") in {"localhost", "::1"}
+    if inside and not any(_listens(own, int(port)) for own in _own_addresses()):
         return
     doors = look(address)
-    lacks = [name for name, closed in (("token authentication", doors.token), ("TLS", doors.tls)) if not closed]
+    closed = {"token authentication": doors.token, "TLS": doors.tls or inside}
+    lacks = [name for name, is_closed in closed.items() if not is_closed]
     if lacks:
         raise ConfigError(
             f"the cluster at {address} is open: no {' and no '.join(lacks)}; whoever reaches it runs code on every "
             "store. See `raypipe certs` and cluster/, or say --insecure"
         )
+
+
+def _own_addresses() -> list[str]:
+    """By which others may reach this machine: IPv4, of each network card."""
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has none
+                asked_for = name.encode()[:15].ljust(256, b"\0")
+                found.append(socket.inet_ntoa(fcntl.ioctl(probe, SIOCGIFADDR, asked_for)[20:24]))
+    return [one for one in found if not one.startswith("127.")]
+
+
+def _listens(host: str, port: int) -> bool:
+    with suppress(OSError):
+        socket.create_connection((host, port), ANSWER_S).close()
+        return True
+    return False
 
 
 def _channel(address: str, tls: bool) -> grpc.Channel:
