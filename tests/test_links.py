@@ -107,7 +107,7 @@ def site() -> Iterator[Locked]:
     room = Room(folder)
     try:
         head, *stores = [room.machine() for _ in range(1 + len(STORES))]
-        made = Locked(folder, head, dict(zip(STORES, stores, strict=True)))
+        made = Locked(folder, head, dict(zip(STORES, stores, strict=True)), opened=())
         now = datetime.datetime.now(datetime.UTC)
         for name in ("certs", "strange"):
             authority = open_authority(folder / name, now)
@@ -206,4 +206,5 @@ def test_a_stranger_with_a_certificate_of_his_own_is_let_in_nowhere(site: Locked
     assert codes <= {"UNAUTHENTICATED", "UNIMPLEMENTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"}, "a call was done"
     refused = [door for door, said in found.items() if "UNAUTHENTICATED" in said["no token"]]
     assert len(refused) >= 6, "with our certificate it was the token that was missing"
+    assert f"{site.head.ip}:10001" in refused, "Ray Client, which runs code"
     assert {said["plain"] for said in found.values()} <= {"", "HTTP/1.1 401 Unauthorized", "HTTP/1.0 200 OK metrics"}

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import io
+import os
+import platform
 import re
+import socket
 import ssl
 import subprocess
+import sys
 import tarfile
 import time
+import tomllib
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +25,8 @@ import pytest
 import yaml
 from conftest import ROOT
 from cryptography.hazmat.primitives.serialization import Encoding
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from raypipe.cli import main
 from raypipe.config.load import load
@@ -25,6 +34,7 @@ from raypipe.doctor.findings import Seen, findings, stayed
 from raypipe.doctor.probe import Data, Facts
 from raypipe.errors import ConfigError
 from raypipe.placement.inventory import Machine, open_at, read_machines
+from raypipe.placement.plan import store_options
 from raypipe.placement.provider import STOP, Book, StoreProvider
 from raypipe.placement.render import aws_config, kuberay_objects, node_types, render, stores_config
 from raypipe.placement.settings import Settings
@@ -35,6 +45,7 @@ from raypipe.security.files import read_secret, write_secret
 from raypipe.security.own import check_own
 
 NOW = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)
+REQUIREMENTS = ROOT / "cluster" / "requirements.txt"
 HEADER = "id,host,gpus,region,hours"
 GOOD = "harbour,10.1.0.7,1,north,22:00-06:00 Europe/Berlin"
 SETTINGS = Settings(head="10.1.0.1")
@@ -112,6 +123,13 @@ def test_a_store_has_a_node_type_that_no_other_store_can_take() -> None:
     assert "store:harbour" not in types["mill"]["resources"]
 
 
+def test_no_store_has_mlflows_login() -> None:
+    """A job's environment reaches every actor of it; what an actor's own says goes before."""
+    said = store_options("harbour", 1, 0)["runtime_env"]["env_vars"]
+    secret = [f"MLFLOW_TRACKING_{what}" for what in ("URI", "USERNAME", "PASSWORD", "TOKEN")]
+    assert {name: said.get(name) for name in secret} == dict.fromkeys(secret, "")
+
+
 def test_five_hundred_stores_are_planned_within_a_second() -> None:
     machines = [Machine(f"shop-{i}", f"10.0.{i // 250}.{i % 250}", i % 3, "north") for i in range(500)]
     begin = time.process_time()
@@ -129,6 +147,29 @@ def test_the_configuration_that_the_readme_submits_runs_on_the_cluster_that_it_m
     stores = load(ROOT / submitted[1], (), lambda _: []).stores
     assert [store.id for store in stores] == list(there)
     assert [s.id for s in stores if s.cpus > there[s.id].cpus or s.gpus > there[s.id].gpus] == []
+
+
+def test_a_job_uploads_what_it_needs_and_no_more(tmp_path: Path) -> None:
+    """By the archive that Ray itself makes of a working directory."""
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import create_package
+
+    create_package(str(ROOT), tmp_path / "job.zip", include_gitignore=True, excludes=get_runtime_env_default_excludes())
+    with zipfile.ZipFile(tmp_path / "job.zip") as packed:
+        names = set(packed.namelist())
+    code = {str(file.relative_to(ROOT)) for file in (ROOT / "raypipe").rglob("*.py")}
+    configs = {str(file.relative_to(ROOT)) for file in (ROOT / "configs").glob("*.yaml")}
+    assert code | configs | {"jobs/federate.py"} <= names
+    assert not {"tests", "cluster", ".ci", ".git", "README.md"} & {name.split("/")[0] for name in names}
+    assert [name for name in names if name.endswith(".parquet") or "/bench" in name or "/chaos" in name] == []
+
+
+def test_an_image_has_what_raypipe_needs_at_run_time() -> None:
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    wanted = [Requirement(line) for line in said]
+    pinned = dict(re.findall(r"^([a-zA-Z0-9._-]+)(?:\[.*\])?==([^\s;]+)", REQUIREMENTS.read_text(), re.MULTILINE))
+    named = {canonicalize_name(name): version for name, version in pinned.items()}
+    assert [one.name for one in wanted if not one.specifier.contains(named.get(canonicalize_name(one.name), "0"))] == []
 
 
 def test_the_files_in_cluster_are_what_their_list_renders_to() -> None:
@@ -238,6 +279,48 @@ def test_a_token_that_others_can_read_stops_a_run_before_it_knocks(tmp_path: Pat
         check_own({**shown, "RAY_TLS_CA_CERT": ""}, NOW + datetime.timedelta(days=400))
     assert [line.split(" ")[0] for line in caught.value.problems] == ["token", "certificate", "RAY_USE_TLS"]
     check_own({}, NOW)
+
+
+def test_a_cluster_of_another_version_is_said_in_one_line_from_rays_own_words() -> None:
+    from ray._private.utils import check_version_info
+
+    from raypipe.placement.actor import why_not
+
+    there = {"ray_version": "2.44.0", "python_version": "3.9.21"}
+    with pytest.raises(RuntimeError) as theirs:
+        check_version_info(there, "10.0.0.2", raise_on_mismatch=True, python_version_match_level="minor")
+    here = f"Ray {importlib.metadata.version('ray')} and Python {platform.python_version()}"
+    line = f"the cluster at 10.0.0.1:6379 has Ray 2.44.0 and Python 3.9.21, here is {here}: they have to be alike"
+    assert why_not("10.0.0.1:6379", theirs.value) == line
+    other = why_not("10.0.0.1:6379", ConnectionError("no\nmore"))
+    assert other.startswith("no Ray cluster at 10.0.0.1:6379: no (is it running, and are RAY_AUTH_MODE")
+
+
+@pytest.mark.parametrize(("mode", "is_open"), [("token", False), ("disabled", True)])
+def test_the_doctor_tries_ray_clients_port_too(mode: str, is_open: bool) -> None:
+    """It runs code for whoever gets in, and is behind a port of its own: the others' calls say nothing of it."""
+    from raypipe.doctor.actor import _takes_calls
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "ab" * 32}
+    command = [sys.executable, "-c", RAY_CLIENT, str(port)]
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        assert "up" in server.stdout.readline()
+        assert _takes_calls(f"127.0.0.1:{port}", token=True) is is_open
+        server.kill()
+
+
+RAY_CLIENT = """
+import sys
+from ray.util.client.server.proxier import serve_proxier
+held = serve_proxier("127.0.0.1", int(sys.argv[1]), None)
+print("up", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_a_ca_whose_key_was_replaced_is_refused(tmp_path: Path) -> None:

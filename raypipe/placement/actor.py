@@ -84,11 +84,16 @@ def connect(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE)
     except (OSError, RuntimeError, ValueError, ConnectionError) as error:
-        if versions := VERSIONS.findall(str(error)):
-            there, here = (" and ".join(map(" ".join, side)) for side in (versions[:2], versions[2:]))
-            raise RunError(f"the cluster at {address} has {there}, here is {here}: they have to be alike") from None
-        hint = "is it running, and are RAY_AUTH_MODE and its token set as on the head?"
-        raise RunError(f"no Ray cluster at {address}: {_line(error)} ({hint})") from None
+        raise RunError(why_not(address, error)) from None
+
+
+def why_not(address: str, error: Exception) -> str:
+    """A line for what Ray says in several when it does not join a cluster."""
+    if versions := VERSIONS.findall(str(error)):
+        there, here = (" and ".join(map(" ".join, side)) for side in (versions[:2], versions[2:]))
+        return f"the cluster at {address} has {there}, here is {here}: they have to be alike"
+    hint = "is it running, and are RAY_AUTH_MODE and its token set as on the head?"
+    return f"no Ray cluster at {address}: {_line(error)} ({hint})"
 
 
 def wait_for_head(seconds: float) -> None:

@@ -16,6 +16,10 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TOP_PAD_": str(1 << 24),
 }
 
+# A job's environment reaches every actor of it; MLflow's login is for the coordinator's follower alone (a server's
+# address may hold one).
+NO_LOGIN = dict.fromkeys((f"MLFLOW_TRACKING_{what}" for what in ("URI", "USERNAME", "PASSWORD", "TOKEN")), "")
+
 
 def resource(store: str) -> str:
     """The custom resource that only this store's node offers."""
@@ -24,8 +28,8 @@ def resource(store: str) -> str:
 
 def store_options(store: str, cpus: float, gpus: float) -> dict[str, Any]:
     """Ray actor options that put a store on its own node and nowhere else; without that node it pends."""
-    pin = {resource(store): SHARE}
-    return {"num_cpus": cpus, "num_gpus": gpus, "resources": pin, "runtime_env": {"env_vars": KEEP_FREED_MEMORY}}
+    pin, environment = {resource(store): SHARE}, {**KEEP_FREED_MEMORY, **NO_LOGIN}
+    return {"num_cpus": cpus, "num_gpus": gpus, "resources": pin, "runtime_env": {"env_vars": environment}}
 
 
 def local_resources(stores: Sequence[str]) -> dict[str, float]:
