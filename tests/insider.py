@@ -1,4 +1,4 @@
-"""Somebody on the head with the cluster's token: 22 attacks, each run inside the store's actor by `__ray_call__`.
+"""Somebody on the head with the cluster's token: 23 attacks, each run inside the store's actor by `__ray_call__`.
 
     insider.py FOLDER    as the user that Ray runs as; FOLDER/brief.json says what there is
 
