@@ -71,15 +71,17 @@ def refuse_open(address: str) -> None:
     """
     host, port = address.rpartition(":")[::2]
     inside = host.startswith("127.") or host.strip("[]") in {"localhost", "::1"}
-    if inside and not any(_listens(own, int(port)) for own in _own_addresses()):
+    seen = next((own for own in _own_addresses() if _listens(own, int(port))), None) if inside else host
+    if seen is None:
         return
     doors = look(address)
     closed = {"token authentication": doors.token, "TLS": doors.tls or inside}
     lacks = [name for name, is_closed in closed.items() if not is_closed]
     if lacks:
         raise ConfigError(
-            f"the cluster at {address} is open: no {' and no '.join(lacks)}; whoever reaches it runs code on every "
-            "store. See `raypipe certs` and cluster/, or say --insecure"
+            f"the cluster at {address}{f', which answers at {seen} too,' if inside else ''} is open: "
+            f"no {' and no '.join(lacks)}; whoever reaches it runs code on every store. "
+            "See `raypipe certs` and cluster/, or say --insecure"
         )
 
 
