@@ -2,6 +2,8 @@
 
 Kept in memory (64 bytes a leaf) and built anew at open: a file of hashes would be a second truth beside the ledger.
 The root of all leaves so far takes one hash for each full subtree on the tree's right edge, at most log2 of them.
+Our own, as the library for it (pymerkle) is GPL-3.0-or-later; tested against the RFC's definition and the vectors of
+certificate transparency.
 """
 
 from __future__ import annotations
