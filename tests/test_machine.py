@@ -65,6 +65,17 @@ def test_a_run_without_quorum_ends_and_says_so() -> None:
     assert finish.reason.endswith("missing: s0, s1, s2, s4, s5 and 3 more")
 
 
+@pytest.mark.parametrize("gone", [ev.StoreLeft, ev.StoreHung])
+def test_finished_work_of_a_store_that_is_gone_is_not_lost_without_a_word(gone: Any) -> None:
+    m = machine(pace("fedbuff", 3, {"buffer_size": 2, "max_versions": 5}))
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    m.handle(trained(tickets["s0"], 1.0))
+    for store, named in (("s0", [tickets["s0"]]), ("s1", [])):
+        actions = m.handle(gone(store, "its node is gone", 2.0))
+        found = [a.body for a in of(do.Record, actions) if a.kind == "update_rejected"]
+        assert [body["ticket"] for body in found] == named, "work that was not finished has no update"
+
+
 def test_wait_for_all_folds_in_store_order_and_publishes_once() -> None:
     m = machine(pace("wait_for_all", 3, {"max_versions": 5}))
     tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
@@ -122,6 +133,7 @@ def test_an_update_beyond_the_relative_limit_keeps_a_floor_weight_unless_policy_
     assert [p.weight for f in of(do.Fold, actions) for p in f.portions] == pytest.approx(weights)
     if action == "drop":
         assert of(do.Settle, actions)[0].version is None
+        assert [a.body["store"] for a in of(do.Record, actions) if a.kind == "update_rejected"] == ["s1"]
 
 
 def test_a_paced_version_is_made_at_the_tick_and_late_work_joins_the_next() -> None:

@@ -109,7 +109,7 @@ class Board:
                 self.lines.append(f"{row.store} goes on after {body['seconds']:.0f} s")
             case "ticket_failed" | "update_rejected":
                 row.reason = reason
-                what = "failed" if kind == "ticket_failed" else "sent an update that was refused"
+                what = "failed" if kind == "ticket_failed" else "has an update that is not used"
                 self.lines.append(f"{row.store} {what}: {reason}")
             case "images_skipped":
                 if body["skipped"] >= 2 * row.skipped:

@@ -64,6 +64,9 @@ def left(run: Run, store: str, reason: str, *, for_good: bool = False) -> list[d
     actions: list[do.Action] = [do.Record("store_left", {"store": store, "reason": reason})]
     for ticket in [t for t in run.tickets.values() if t.store == store and t.phase <= Phase.COLLECTING]:
         del run.tickets[ticket.id]
+        if ticket.phase >= Phase.TRAINED:  # finished work is not lost without a word
+            why = f"{reason}, before its update was handed over"
+            actions.append(do.Record("update_rejected", {"store": store, "ticket": ticket.id, "reason": why}))
         actions.append(do.Settle(store, ticket.id, None, reason))
     return actions
 

@@ -34,7 +34,8 @@ def fold(run: Run) -> list[do.Action]:
         else:
             del run.tickets[ticket.id]
             reason = f"trained on version {ticket.base}, {ticket.staleness} versions ago"
-            actions.append(do.Settle(ticket.store, ticket.id, None, reason))
+            body = {"store": ticket.store, "ticket": ticket.id, "reason": reason, "digest": ticket.digest}
+            actions += [do.Record("update_rejected", body), do.Settle(ticket.store, ticket.id, None, reason)]
     return [*actions, do.Fold(tuple(portions))] if portions else actions
 
 
