@@ -120,8 +120,9 @@ def test_stores_come_when_it_is_their_turn_go_when_idle_and_come_again(hosts: ne
     cluster = str(hosts.folder / "stores.yaml")
     try:
         try:
-            ray("up", "-y", "--no-config-cache", cluster)
-        except AssertionError:  # Ray gives a node half a minute to start, which a busy machine may not have
+            ray("up", "-y", "--no-config-cache", cluster, seconds=150)
+        except (AssertionError, subprocess.TimeoutExpired):
+            # Ray gives a node half a minute to start, which a busy machine may not have.
             ray("up", "-y", "--no-config-cache", cluster)
         assert nodes(hosts) == {}
         _take_turns(hosts, cluster)
