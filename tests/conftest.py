@@ -23,13 +23,8 @@ STORES = [f"shop-{i}" for i in range(1, 6)]
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 ON_CLUSTER = ("test_cluster", "test_doors", "test_outbox", "test_rest", "test_rotation", "test_terms", "test_vault")
-MACHINES = (
-    "test_nodes",
-    "test_up",
-    "test_chaos",
-    "test_comeback",
-    "test_readme",
-)  # start clusters of their own, with bounds in time
+# These start clusters of their own, with bounds in time. test_up first: after test_nodes in one process `ray up` hung.
+MACHINES = ("test_up", "test_nodes", "test_chaos", "test_comeback", "test_readme")
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ["RAY_AUTH_MODE"] = "disabled"  # loopback only

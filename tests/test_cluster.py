@@ -230,7 +230,7 @@ CANARY = "CANARY-7f3a91"
 
 
 def test_what_a_store_holds_appears_nowhere_else_whether_it_trains_or_fails(cluster: Place) -> None:
-    config = cluster.config(name="canary", stop={"max_versions": 2}, pacing={"max_failures": 1, "quorum": 4})
+    config = cluster.config(name="canary", stop={"max_versions": 2}, pacing={"max_failures": 1, "quorum": 5})
     planted = {"shop-3": _unreadable, "shop-4": _with_text, "shop-5": _whole}
     with ExitStack() as plants, connected(cluster):
         for store, spoil in planted.items():
