@@ -310,7 +310,7 @@ def one_line(error: Exception) -> str:
 def _make_tables(file: Path) -> None:
     """An SQLite store, once and whole.
 
-    MLflow makes one in a hundred steps, and spoils it for good where two processes do so at once, or one is killed.
+    MLflow makes one in many steps. Where several processes do so at once all but one of them fail, or all.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with (file.parent / f".{file.name}.lock").open("w") as lock:
