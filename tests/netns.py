@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -138,7 +139,8 @@ def _host(made: Net, name: str, address: str, space: str) -> Host:
     sh(f"ip -n {space} link set eth0 up")
     (room / "sshd_config").write_text(SSHD.format(room=room, folder=made.folder))
     sshd = shutil.which("sshd", path="/usr/sbin:/usr/bin:/sbin")
-    script = INSIDE.format(room=room, home=Path.home(), name=name, sshd=sshd)
+    home = pwd.getpwuid(os.getuid()).pw_dir  # where ssh puts who comes in, whatever HOME says here
+    script = INSIDE.format(room=room, home=home, name=name, sshd=sshd)
     command = ["ip", "netns", "exec", space, "unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc"]
     with (room / "sshd.log").open("wb") as log:
         process = subprocess.Popen([*command, "--uts", "bash", "-c", script], stdout=log, stderr=log)
