@@ -129,8 +129,11 @@ class Disk:
         self._wrote("weights")
 
     def keep(self, version: int) -> None:
-        assert force_state(self.folder, version) is not None, f"version {version} is kept without its state"
-        assert self.variates.force(version) is not None, f"version {version} is kept without its variates"
+        """Once more after a power cut that took the diary's word of it: then its state may have gone with its age."""
+        again = version in self.kept and version < max(self.kept) - 1
+        state, variates = force_state(self.folder, version), self.variates.force(version)
+        assert state is not None or again, f"version {version} is kept without its state"
+        assert variates is not None or again, f"version {version} is kept without its variates"
         self.weights[version] = "kept"
         self.kept.add(version)
         self._wrote("weights kept")

@@ -447,7 +447,9 @@ def test_scores_of_other_classes_are_no_match() -> None:
         scores.add(version, "a", {"accuracy": value}, 10)
         scores.close(version)
     scores.add(2, "slow", {"accuracy": 0.99}, 10)
+    assert scores.reached(0.9)
     scores.begin_anew(3)
+    assert not scores.reached(0.9), "what another list has reached ends no run"
     assert not scores.stale_for(1)
     scores.add(3, "a", {"accuracy": 0.4}, 10)
     assert scores.close(3) == {"accuracy": 0.4}, "the slow store's word was about another list"
@@ -457,6 +459,12 @@ def test_scores_of_other_classes_are_no_match() -> None:
     assert scores.best == (4, 0.5)
     scores.withdraw(4)
     assert scores.best == (3, 0.4)
+    scores.begin_anew(5)
+    scores.add(5, "a", {"accuracy": 0.2}, 10)
+    scores.close(5)
+    assert scores.best == (5, 0.2)
+    scores.withdraw(5)
+    assert (scores.best, scores.since) == ((3, 0.4), 3), "the list of version 5 is no more either"
 
 
 # -- a run ------------------------------------------------------------------------------------------------------

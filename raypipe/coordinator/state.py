@@ -118,6 +118,7 @@ class Scores:
     closed: set[int] = field(default_factory=set)
     since_best: int = 0  # versions scored that are newer than the best
     since: int = 0  # versions before it had other classes: their scores are no match for the newer ones
+    lists: list[int] = field(default_factory=list)  # what it was before, in turn
 
     def add(self, version: int, store: str, metrics: dict[str, float], num_examples: int) -> None:
         """A store's word on a version."""
@@ -153,6 +154,7 @@ class Scores:
 
     def begin_anew(self, version: int) -> None:
         """From this version on there are other classes."""
+        self.lists.append(self.since)
         self.since = version
 
     def withdraw(self, version: int) -> None:
@@ -160,6 +162,8 @@ class Scores:
         self.judged.pop(version, None)
         self.scored.pop(version, None)
         self.closed.discard(version)
+        if version == self.since and self.lists:
+            self.since = self.lists.pop()
         if self.best is not None and self.best[0] == version:
             pick = min if self.lower_is_better else max
             there = [v for v in self.scored if v >= self.since] or list(self.scored)
@@ -170,8 +174,8 @@ class Scores:
         return one < other if self.lower_is_better else one > other
 
     def reached(self, target: float) -> bool:
-        """Whether any version's score is at least as good as the target."""
-        return self.best is not None and not self._better(target, self.best[1])
+        """Whether any version's score, of the newest class list, is at least as good as the target."""
+        return self.best is not None and self.best[0] >= self.since and not self._better(target, self.best[1])
 
     def stale_for(self, patience: int) -> bool:
         """Whether the newest `patience` scored versions brought no better one."""
