@@ -78,7 +78,8 @@ def journal(folder: Path) -> Run:
             case "version_published":
                 run.faults += _published(run, body)
                 run.versions[body["version"]] = body
-                run.publications.add((body["version"], tuple(c["ticket"] for c in body["contributions"])))
+                if "recalibrated" not in body:  # that was decided by no machine
+                    run.publications.add((body["version"], tuple(c["ticket"] for c in body["contributions"])))
             case "weights_kept":
                 run.kept[body["version"]] = body
             case "version_withdrawn":
@@ -106,7 +107,7 @@ def _published(run: Run, body: Body) -> Iterator[str]:
         yield f"journal: version {number} follows version {newest}"
     if body["parent"] != (number - 1 if number else None):
         yield f"journal: version {number} has parent {body['parent']}"
-    if number and not made:
+    if number and not made and "recalibrated" not in body:
         yield f"journal: version {number} holds no update"
     before: float = run.versions[newest].get("elapsed_s", 0.0) if run.versions else 0.0
     if body.get("elapsed_s", before) < before:

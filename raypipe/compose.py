@@ -125,6 +125,8 @@ def compose(
     body = started(said, run, layout, plan, code, past.epoch + 1, home is None)
     shell.record("run_started", body | ({"asked": list(asked)} if asked else {}))
     shell.moved_before(sum(fact["bytes_up"] + fact["bytes_down"] for fact in asked))
+    if past.again is not None:
+        shell.record("version_withdrawn", {"version": past.again, "reason": "its statistics are measured once more"})
     for version in past.withdrawn:
         shell.record("version_withdrawn", {"version": version, "reason": "its weights were lost"})
     shell.owe(first)
@@ -137,8 +139,24 @@ def compose(
 
     return Composition(
         said, machine, shell, board, stages, place, folder, past.epoch + 1, code, book.versions.kept, read, begin,
-        first, notary,
+        first, notary, lambda version: norms_of(said, stages.at(version)),
     )  # fmt: skip
+
+
+def norms_of(said: RunConfig, stage: Stage) -> list[str]:
+    """Layers whose statistics are measured anew at the end: those of a model of images, in the order of a batch."""
+    import torch
+
+    from raypipe.models import build_for
+    from raypipe.models.norms import norm_order
+    from raypipe.store.measure import forward
+
+    task = tasks.build(stage.plan.task)
+    if task.table is not None or not stage.layout.moments:
+        return []
+    module = build_for(task, {key: value for key, value in said.model.items() if key != "pretrained"})
+    images = torch.zeros(1, task.channels, task.image_size, task.image_size, dtype=torch.uint8)
+    return norm_order(module, stage.layout, forward(module, task, images, torch.zeros(0, 7)))
 
 
 def _notary(said: RunConfig, place: Path, run: str, board: Board, *, demo: bool) -> Notary | None:
@@ -300,6 +318,7 @@ class _Past:
     code: str = ""
     versions: dict[int, dict[str, Any]] = field(default_factory=dict)
     withdrawn: list[int] = field(default_factory=list)
+    again: int | None = None  # a last version that is measured once more
 
     @property
     def newest(self) -> dict[str, Any]:
@@ -321,10 +340,13 @@ def _past(book: RunBook, board: Board) -> _Past:
             past.epoch, past.config, past.code = body["epoch"], body["config"], body["code_hash"]
         elif kind == "run_restored":
             past.epoch = body["epoch"]
+        elif kind == "version_published" and "recalibrated" in body:
+            past.again = body["version"]
         elif kind == "version_published":
             past.versions[body["version"]] = body
         elif kind == "version_withdrawn":
-            del past.versions[body["version"]]
+            past.versions.pop(body["version"], None)
+            past.again = None if past.again == body["version"] else past.again
         elif kind == "run_finished":
             raise RunError(f"run {book.folder.name} is over: {body['reason']}")
     return past

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from pydantic import TypeAdapter
 
+from raypipe.aggregation.statistics import pooled, put
 from raypipe.aggregation.variates import Learned, Sent, Variates
-from raypipe.compose import first_stage, initial_model, machine, recorded_stage
+from raypipe.compose import first_stage, initial_model, machine, norms_of, recorded_stage
 from raypipe.config.schema import RunConfig
 from raypipe.coordinator.stages import Stage
 from raypipe.errors import ConfigError, RunError, StoreError
@@ -92,6 +93,8 @@ class Needs:
 
         for record in records:
             if record.kind == "version_published":
+                if (measured := record.body.get("recalibrated")) and measured["of"] is not None:
+                    needs.bases[record.seq, measured["of"]] = place(measured["of"], record)
                 for part in record.body["contributions"]:
                     needs.bases[record.seq, part["base"]] = place(part["base"], record)
                     needs.states[part["after"] or ""] += 1
@@ -179,6 +182,8 @@ class Replay:
             self._model.step(body["full_weight"], body["statistic_mix"])
         if body.get("classes"):
             self._grow(body)
+        if body.get("recalibrated"):
+            return self._measured(record, hints)
         self._stages[record.seq] = self._stage
         point = self._needs.points[record.seq]
         if point.uses:
@@ -186,6 +191,22 @@ class Replay:
             point.state = {name: values.copy() for name, values in self._model.state.items()}
             point.variates = self._model.variates  # never changed in place
         return Made(body["version"], body["hash"], digest(self._model.vector), hints, self._model.vector)
+
+    def _measured(self, record: Record, hints: list[str]) -> Made:
+        """A run's last version, which differs from another in its statistics alone. Nothing follows from it."""
+        body, asked = record.body, record.body["recalibrated"]
+        stage, vector = self._stage, self._model.average
+        if asked["of"] is not None:
+            vector = self._point(self._needs.bases[record.seq, asked["of"]]).vector
+        assert vector is not None
+        vector = vector.copy()
+        for layer in norms_of(self._said, stage):
+            what = (asked["images"], layer)
+            sums = {s: self._stores[s].statistics(stage.plan, vector, *what) for s in asked["stores"]}
+            both = pooled(sums, asked["stores"])
+            if both is None or not put(vector, stage.layout, layer, both):
+                raise RunError(f"the statistics of layer {layer} are not finite now")
+        return Made(body["version"], body["hash"], digest(vector), hints, vector)
 
     def _grow(self, body: dict[str, Any]) -> None:
         before, self._stage = self._stage, recorded_stage(self._stage, body)
@@ -258,7 +279,8 @@ class Replay:
         problems = []
         cards = {r.body["store"]: r.body for r in self._records if r.kind == "store_joined"}
         hashes = {(r.body["store"], r.body.get("hash")) for r in self._records if r.kind == "store_joined"}
-        for store in sorted({p["store"] for r in self._records for p in _parts(r)}):
+        measured = {store for r in self._records for store in r.body.get("recalibrated", {}).get("stores", {})}
+        for store in sorted(measured | {p["store"] for r in self._records for p in _parts(r)}):
             if not (home / store / "policy.yaml").is_file():
                 problems.append(f"store {store}: its data is not on this machine (no policy file in {home / store})")
                 continue

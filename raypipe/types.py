@@ -20,7 +20,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Vector: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 WORTH_BYTES = 1 << 16  # sent apart from this size on
 MEAN, VARIANCE = "running_mean", "running_var"  # as torch's norm layers name them
@@ -94,6 +99,12 @@ class Layout:
     def statistic(self) -> slice:
         stop = self.update_size
         return slice(min(self.shared.stop, stop), stop)
+
+    def with_statistics(self, vector: Vector, statistics: Vector) -> Vector:
+        """A copy of the vector with these in the place of its own."""
+        changed = vector.copy()
+        changed[self.statistic] = statistics
+        return changed
 
     @property
     def update_size(self) -> int:

@@ -746,6 +746,9 @@ def test_what_cannot_be_installed_is_said_in_one_line(
     assert said in line
 
 
+ANEW, LAYERS = {"recalibrate": 50}, 2
+
+
 @pytest.mark.cluster
 def test_a_federation_with_a_store_behind_a_vault_gives_the_bytes_of_one_without(cluster: Any) -> None:
     from test_cluster import Federation, connected
@@ -761,6 +764,7 @@ def test_a_federation_with_a_store_behind_a_vault_gives_the_bytes_of_one_without
             assert main(["ledger", "enroll", "shop-2", key]) == 0
             config = cluster.config(name=f"by-{transport}", seed=3, train={"keep_optimizer": True}, closed_form=0.01)
             config["train"]["optimizer"] = {"name": "sgd", "momentum": 0.9}
+            config["model"]["norm"], config["evaluate"] = "batch", {**config["evaluate"], "metric": "loss", **ANEW}
             config["stores"] = [s | {"transport": transport} for s in config["stores"] if s["id"] == "shop-2"]
             with connected(cluster):
                 federation = Federation(cluster, config)
@@ -772,9 +776,9 @@ def test_a_federation_with_a_store_behind_a_vault_gives_the_bytes_of_one_without
             assert {body.get("vault_code") for body in joined} == {code_hash() if transport == "vault" else None}
             left = {name: tuple((home / "egress" / federation.run).glob("*.jsonl")) for name, home in homes.items()}
             said = b"".join(file.read_bytes() for file in left.pop(transport))
-            assert said.count(b'"kind":"sums"') == 1, "it was asked where the data is"
+            assert said.count(b'"kind":"sums"') == 1 + LAYERS, "it was asked where the data is"
             assert list(left.values()) == [()], "the other one was asked nothing"
-        assert len(found[0]) == 3
+        assert len(found[0]) == 4, "the last one has statistics that were measured anew"
         assert found[0] == found[1]
     finally:
         process.terminate()

@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import ray
 from pydantic import TypeAdapter
@@ -23,6 +23,7 @@ from raypipe.coordinator.closing import conclude, unjudged
 from raypipe.coordinator.composition import Composition
 from raypipe.coordinator.loop import drive
 from raypipe.coordinator.ports import Handle
+from raypipe.coordinator.recalibration import last_version
 from raypipe.coordinator.shell import Shell
 from raypipe.coordinator.stages import rehearse
 from raypipe.errors import ConfigError, RaypipeError, RunError, StoreSuperseded
@@ -33,6 +34,7 @@ from raypipe.tracking.actor import MlflowFollower
 RETRY_S = 5.0
 FIRST = 1  # the epoch of a run's first coordinator
 DRAIN_S = 30.0  # how long the end waits for MLflow
+T = TypeVar("T")
 HEARD_S = 10.0  # in which the machine takes up what somebody asks for
 Judged: TypeAlias = tuple[list[dict[str, Any]], dict[str, float], dict[str, float]]  # as `conclude` gives it
 
@@ -234,7 +236,7 @@ class Coordinator:
             port.tell()
         stopped, failed = bool(self._stop_reason), machine.started_at is None
         best = machine.scores.best[0] if machine.scores.best else machine.version
-        table: list[dict[str, Any]] = []
+        newest, table = machine.version, list[dict[str, Any]]()
         test: dict[str, float] = {}
         averaged: dict[str, float] = {}
         judge = made.config.evaluate.test and not stopped and not failed
@@ -242,9 +244,12 @@ class Coordinator:
             self._phase = "testing the best version, and each store alone"
             if best not in made.kept():
                 best = machine.version
+            there = {s: p for s, p in shell.ports.items() if s in self._keeping}
+            best = await self._unless_stopped(last_version(made, there, best, ray.put)) or best
+            newest = max(best, newest)
             first, last = await asyncio.to_thread(made.read, 0), await asyncio.to_thread(made.read, best)
             handles: list[Handle] = [ray.put(first), ray.put(last)]
-            ports = {s: p for s, p in shell.ports.items() if s in self._keeping and s != made.config.evaluate.central}
+            ports = {s: p for s, p in there.items() if s != made.config.evaluate.central}
             kwargs = {"seed": made.config.seed, "epoch": made.epoch, "first": handles[0], "best": handles[1]}
             kwargs["notary"] = made.notary
             if (average := shell.model.average) is not None:
@@ -262,7 +267,7 @@ class Coordinator:
             final["average"] = averaged
         await asyncio.to_thread(shell.record, "final", final)
         status = "failed" if failed else "killed" if stopped else "finished"
-        finished = {"reason": reason, "status": status, "versions": machine.version, "best_version": best}
+        finished = {"reason": reason, "status": status, "versions": newest, "best_version": best}
         await asyncio.to_thread(shell.record, "run_finished", {**finished, "at": time.time()})
         if made.notary is not None:
             await asyncio.to_thread(made.notary.finish)
@@ -272,8 +277,8 @@ class Coordinator:
         self._phase = "over"
         return {**self._summary, "board": made.board.snapshot()}
 
-    async def _unless_stopped(self, judging: Coroutine[Any, Any, Judged]) -> Judged | None:
-        """The table and the test, or nothing when somebody wants the run to end now."""
+    async def _unless_stopped(self, judging: Coroutine[Any, Any, T]) -> T | None:
+        """What it comes to, or nothing when somebody wants the run to end now."""
         task, stopped = asyncio.create_task(judging), asyncio.create_task(self._stopped.wait())
         if not self._stop_reason:
             await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)

@@ -125,6 +125,10 @@ class Board:
         if body.get("classes"):
             names, gone = body["classes"]["task"]["classes"], body["classes"]["task"]["gone"]
             self.lines.append(f"version {self.version} has another class list: {len(names) - len(gone)} classes")
+        if measured := body.get("recalibrated"):
+            what = "the running average" if measured["of"] is None else f"version {measured['of']}"
+            who = f"{len(measured['stores'])} stores together"
+            self.lines.append(f"version {self.version} is {what} with its statistics measured anew by {who}")
         for part in body["contributions"]:
             row = self.rows[part["store"]]
             row.updates += 1

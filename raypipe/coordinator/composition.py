@@ -36,6 +36,7 @@ class Composition:
     begin: Callable[[], None]  # the newest version durable and fetchable
     first: list[Action]  # what is to be done before anything happens
     notary: Notary | None  # where the run keeps a ledger
+    norms: Callable[[int], list[str]]  # layers whose statistics a version carries, as a batch meets them
 
     @property
     def plan(self) -> Plan:

@@ -31,6 +31,7 @@ from raypipe.coordinator.board import Board
 from raypipe.coordinator.diary import Diary
 from raypipe.coordinator.notary import Checked, Notary
 from raypipe.coordinator.ports import Book, Handle, Model
+from raypipe.coordinator.recalibration import Recalibrated
 from raypipe.coordinator.stages import Next, Stages
 from raypipe.coordinator.state import Memory
 from raypipe.errors import ConfigError, RunError, StoreClosed, StoreError, StoreRefused, StoreSuperseded
@@ -317,31 +318,39 @@ class Shell:
         if (variates := self.model.variates) is not None:
             written = self._disk.submit(self._write_both, written, action.version, variates)
             self.bases.tables[action.version] = variates
-        digest = self.book.hash(vector)
-        now = self.clock()  # durations by a clock that never jumps
         body = {
-            "version": action.version,
-            "parent": action.version - 1,
-            "hash": digest,
-            "at": self.wall(),
-            "elapsed_s": now - self._started,
-            "seconds": now - self._published,
+            **self._facts(action.version, vector, sum(c.bytes_up for c in action.contributions)),
             "contributions": [asdict(c) for c in action.contributions],
-            "bytes_up": sum(c.bytes_up for c in action.contributions),
-            "bytes_down": self.bases.bytes_down,
-            "bytes_total": self.bases.bytes_total,
             "step_norm": norm,
             "full_weight": action.full_weight,
             "statistic_mix": action.statistic_mix,
             **changed,
         }
-        self.bases.bytes_down, self._published = 0, now
         written.result()
         self._patiently(self.diary.sync)
         self.record("version_published", body)
         self._unjudged = {v for v in self._unjudged if v > action.version - UNJUDGED}
         self.bases.handles[action.version] = fetchable.result()
         return ev.Published(action.version, self.clock())
+
+    def _facts(self, version: int, vector: np.ndarray, bytes_up: int) -> dict[str, Any]:
+        """What is said of every version; the next one's times and bytes are counted from here."""
+        now, down = self.clock(), self.bases.bytes_down  # durations by a clock that never jumps
+        times = {"at": self.wall(), "elapsed_s": now - self._started, "seconds": now - self._published}
+        moved = {"bytes_up": bytes_up, "bytes_down": down, "bytes_total": self.bases.bytes_total}
+        self.bases.bytes_down, self._published = 0, now
+        return {"version": version, "parent": version - 1, "hash": self.book.hash(vector), **times, **moved}
+
+    def add(self, version: int, made: Recalibrated, num_images: int) -> None:
+        """A version that no update made, when all others are. In a thread, when nothing is in the lane any more."""
+        stage = self.stages.at(version)
+        about = {"of": made.of, "images": num_images, "stores": made.stores}
+        self._patiently(self.book.write, version, made.vector, stage.layout, {}, stage.plan.task)
+        body = self._facts(version, made.vector, made.bytes_up)
+        nothing = {"contributions": [], "step_norm": 0.0, "full_weight": 0.0, "statistic_mix": 0.0}
+        self.record("version_published", {**body, **nothing, "recalibrated": about})
+        self._patiently(self.book.keep, version)
+        self.record("evaluated", made.evaluated(version))
 
     def _write_both(self, weights: Future[None], version: int, variates: Variates) -> None:
         """In the disk's thread, after the weights."""

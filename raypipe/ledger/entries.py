@@ -5,6 +5,7 @@
     revoked    a store's key counts no more from here on
     update     one store's update in one version, signed by the store or said to be unsigned; stands before its version
     version    a global version: the digest of its vector, its parent's digest
+    recalibrated   before a version without updates: what it was made of
     kept       a version's weights are on the disk, in this file
     withdrawn  the newest version was lost before its weights were kept; its number and its updates are free again
     refused    an update that was not folded
@@ -95,6 +96,16 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
+class Recalibrated:
+    """What makes a version that has no updates: another's weights with statistics that stores measured anew."""
+
+    version: int
+    of: int | None  # a version; None: the running average of all
+    images: int  # of each store, at most
+    stores: dict[str, int]  # store -> its images, by which its part is weighed
+
+
+@dataclass(frozen=True, slots=True)
 class Kept:
     """Written when the file is; it need not stay for ever. As `tracking.records.WeightsKept`."""
 
@@ -139,10 +150,12 @@ class Finished:
     best_version: int | None
 
 
-Body: TypeAlias = Run | Store | Revoked | Update | Version | Kept | Withdrawn | Refused | Witnessed | Finished
+Body: TypeAlias = (
+    Run | Store | Revoked | Update | Version | Recalibrated | Kept | Withdrawn | Refused | Witnessed | Finished
+)
 KINDS: dict[str, type[Body]] = {
     kind.__name__.lower(): kind
-    for kind in (Run, Store, Revoked, Update, Version, Kept, Withdrawn, Refused, Witnessed, Finished)
+    for kind in (Run, Store, Revoked, Update, Version, Recalibrated, Kept, Withdrawn, Refused, Witnessed, Finished)
 }
 
 

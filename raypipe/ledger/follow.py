@@ -130,8 +130,10 @@ def _version(ledger: Ledger, body: Mapping[str, Any]) -> list[Body]:
         )
         for one in body["contributions"]
     ]
+    if measured := body.get("recalibrated"):
+        updates = [entries.Recalibrated(number, measured["of"], measured["images"], measured["stores"])]
     before = None if parent is None else _digest(ledger, parent)
-    return [*updates, entries.Version(number, parent, before, body["hash"], len(updates))]
+    return [*updates, entries.Version(number, parent, before, body["hash"], len(body["contributions"]))]
 
 
 def _digest(ledger: Ledger, version: int) -> str:

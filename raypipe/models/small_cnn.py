@@ -23,11 +23,11 @@ def small_cnn(
     *,
     width: Annotated[int, Field(ge=8, le=256, multiple_of=8)] = 16,
     hidden: Annotated[int, Field(ge=8, le=4096)] = 64,
-    norm: Literal["group", "none"] = "group",
+    norm: Literal["group", "batch", "none"] = "group",
 ) -> Module:
     """Two 3x3 convolutions, each halved by pooling, and two dense layers; 106k parameters at 28x28x1, 137k at 32x32x3.
 
-    GroupNorm and not BatchNorm, since its result does not hang on what else is in a store's batch.
+    GroupNorm by default and not BatchNorm, since its result does not hang on what else is in a store's batch.
     """
     from torch import nn
 
@@ -35,8 +35,9 @@ def small_cnn(
         raise ConfigError(f"small_cnn needs image_size >= 8, found {image_size}")
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
-        normalised = [nn.GroupNorm(8, outputs)] if norm == "group" else []
-        return [nn.Conv2d(inputs, outputs, 3, padding=1), *normalised, nn.ReLU(), nn.MaxPool2d(2)]
+        normalised = {"group": nn.GroupNorm(8, outputs), "batch": nn.BatchNorm2d(outputs), "none": nn.Identity()}[norm]
+        layers = [nn.Conv2d(inputs, outputs, 3, padding=1), normalised, nn.ReLU(), nn.MaxPool2d(2)]
+        return [layer for layer in layers if not isinstance(layer, nn.Identity)]  # names of tensors go by place
 
     return nn.Sequential(
         *block(channels, width),

@@ -149,9 +149,13 @@ class SiteActor:
 
         return cast(bytes, self._answer("evaluate", run))
 
-    def measure(self, plan: bytes, weights: np.ndarray | None, what: str, epoch: int) -> np.ndarray | bytes:
-        answer = self._answer("measure", lambda site: site.measure(msg.expect(msg.Plan, plan), weights, what, epoch))
-        return cast("np.ndarray | bytes", answer)
+    def measure(
+        self, plan: bytes, weights: np.ndarray | None, what: str, epoch: int, known: np.ndarray | None = None
+    ) -> np.ndarray | bytes:
+        def run(site: Any) -> Any:
+            return site.measure(msg.expect(msg.Plan, plan), weights, what, epoch, known)
+
+        return cast("np.ndarray | bytes", self._answer("measure", run))
 
     @ray.method(concurrency_group="control")
     def control(self, ticket: str, command: msg.Command, run: str, epoch: int) -> None:
@@ -302,9 +306,9 @@ class StoreClient:
             self._updates[ticket.id] = update
         return answer
 
-    async def measure(self, plan: bytes, weights: Any, what: str) -> np.ndarray:
-        """Sums over the training split, float64. Raises StoreError."""
-        return self._array(await self._ask("measure", plan, weights, what, self._epoch))
+    async def measure(self, plan: bytes, weights: Any, what: str, known: np.ndarray | None = None) -> np.ndarray:
+        """Sums over the training split, float64; `known`: statistics in place of the weights'. Raises StoreError."""
+        return self._array(await self._ask("measure", plan, weights, what, self._epoch, known))
 
     async def collect(self, ticket: str, how: list[msg.Part]) -> np.ndarray:
         """The encoded update, read-only in shared memory. Raises StoreError."""

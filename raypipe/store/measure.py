@@ -1,16 +1,22 @@
-"""Sums over a store's training split that are asked for before a run's first version; all in float64, all additive.
+"""Sums over a store's training split that are asked for before a run's first version, all in float64, all additive:
 
     moments   of each column that is to be standardised: how many, sum, sum of squares; and rows by class
     gram      for a head in closed form: see aggregation/closed_form.py
+
+And one that is asked for when a run ends, for a version's statistics to be those of its own weights:
+
+    statistics:IMAGES:LAYER   of what comes to a norm layer, over so many of the images: see models/norms.py
 
 They are of all rows at once, and the policy says whether they may leave the store, and of how many rows at least.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import closing
-from typing import Any, Literal, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,14 +25,17 @@ from raypipe.aggregation.closed_form import Gram
 from raypipe.errors import StoreRefused
 from raypipe.models.flat import FlatModel
 from raypipe.models.heads import head_of
+from raypipe.models.norms import reach, summing
 from raypipe.store.batches import Examples, in_order
 from raypipe.store.rows import Rows
 from raypipe.tasks import Task
 from raypipe.tasks.tabular import moments
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
-What: TypeAlias = Literal["moments", "gram"]
+What: TypeAlias = str
+STATISTICS = re.compile(r"statistics:([1-9][0-9]{0,6}):(.+)")
 BATCH = 256
+PIXELS = 1 << 20  # a batch has at most
 
 
 def measured_moments(rows: Examples, task: Task) -> Array:
@@ -54,7 +63,7 @@ def measured_gram(
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     total = Gram.zero(head.in_features, task.num_outputs)
     model.eval()
-    picks = in_order(examples.num, max(1, min(BATCH, (1 << 20) // max(1, task.image_size) ** 2)))
+    picks = in_order(examples.num, _batch(task))
     try:
         with torch.inference_mode(), closing(examples.batches(picks, model.device, max_bad_share)) as stream:
             for inputs, targets in stream:
@@ -70,3 +79,52 @@ def measured_gram(
     finally:
         hook.remove()
     return total.packed()
+
+
+def measured_statistics(
+    model: FlatModel,
+    task: Task,
+    examples: Examples,
+    num_images: int,
+    layer: str,
+    max_bad_share: float,
+    stopped: Callable[[], bool],
+) -> Array | None:
+    """Of the inputs of a norm layer of the model as it is loaded, over so many images, evenly chosen: see
+    models/norms.Sums.packed. None if told to stop. Raises StoreRefused for a layer that the model does not have."""
+    if layer not in dict(model.module.named_modules()):
+        raise StoreRefused(f"the model has no layer {layer!r}")
+    chosen = np.unique(np.linspace(0, examples.num - 1, min(num_images, examples.num)).astype(np.int64))
+    picks = (chosen[start : start + _batch(task)] for start in range(0, len(chosen), _batch(task)))
+    model.eval()
+    with (
+        torch.inference_mode(),
+        summing(model.module, layer) as sums,
+        closing(examples.batches(picks, model.device, max_bad_share)) as stream,
+    ):
+        for inputs, targets in stream:
+            if stopped():
+                return None
+            if len(inputs):
+                reach(forward(model.module, task, inputs, targets))
+    if not sums.num:
+        raise StoreRefused("none of the images chosen to measure by can be read")
+    return sums.packed()
+
+
+def forward(module: Any, task: Task, inputs: Any, targets: torch.Tensor) -> Callable[[], object]:
+    """A batch through a model, as it is judged."""
+    prepared = task.prepare(inputs)
+    if task.boxes is not None:
+        return partial(task.boxes.judge, module, prepared, targets)
+    return partial(module, *(prepared if isinstance(prepared, tuple) else (prepared,)))
+
+
+def layer_of(what: str) -> tuple[int, str] | None:
+    """How many images, and which layer, where statistics are to be measured."""
+    asked = STATISTICS.fullmatch(what)
+    return None if asked is None else (int(asked[1]), asked[2])
+
+
+def _batch(task: Task) -> int:
+    return max(1, min(BATCH, PIXELS // max(1, task.image_size) ** 2))

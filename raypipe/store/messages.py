@@ -8,7 +8,7 @@ never pickle. Vectors travel beside a message as raw little-endian float32. One 
     collect(ticket, how, run, epoch)        -> vector      the update, encoded
     settle(verdict)                         -> None        folded into a version, or refused because ...
     evaluate(plan, weights, split, epoch)   -> Evaluation
-    measure(plan, weights, what, epoch)     -> vector      sums over the training split, before a run
+    measure(plan, weights, what, epoch)     -> vector      sums over the training split, before a run or at its end
     control(ticket, command, run, epoch)    -> None        seen within a batch
 
 Training and handing over are two steps, so that transfers are timed apart from training and an update outlives

@@ -11,7 +11,7 @@
     max_upload_bytes: 1000000000
     max_bad_share: 0.05        # images that cannot be read; above it the store refuses to train
     coordinators: []           # public keys; with any, only what one of these has signed a ledger of is trained on
-    measures: all              # sums over all its rows that it may tell before a run: moments, gram; or a list of them
+    measures: all              # sums over all its rows that it may tell: moments, gram, statistics; or a list of them
     min_measured: 10           # rows; a sum over fewer is not told, since a sum over one is that one
     hours: 22:00-06:00         # when it trains, in its local time, or a list of such; without: always; see hours.py
     upload_bytes_a_day: 500000000   # then it is closed until 00:00 UTC; see terms.py for this and the next two

@@ -19,6 +19,7 @@ import torch
 from raypipe.errors import StoreRefused
 from raypipe.store.kept import State, begin, left
 from raypipe.store.lesson import Admitted, learn
+from raypipe.store.measure import measured_statistics
 from raypipe.store.messages import Plan, Ticket
 from raypipe.store.policy import read_policy
 from raypipe.store.shelf import Shelf
@@ -51,6 +52,16 @@ class Retrainer:
         if name not in self.policy.data:
             raise StoreRefused(f"no data set named {name!r} is offered")
         return self._shelf.data(name).content_hash
+
+    def statistics(self, plan: Plan, weights: Array, num_images: int, layer: str) -> Array:
+        """What comes to a norm layer, see measure.py. Raises StoreError."""
+        torch.set_num_threads(self._threads)
+        learner = self._shelf.learner(plan, weights)
+        learner.model.load(weights)
+        images, share = self._shelf.images(plan, learner.task, "train"), self._shelf.max_bad_share(plan)
+        sums = measured_statistics(learner.model, learner.task, images, num_images, layer, share, lambda: False)
+        assert sums is not None
+        return sums
 
     def train(
         self, ticket: Ticket, plan: Plan, weights: Array, kept: State | None, correction: Array | None = None

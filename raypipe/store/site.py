@@ -31,7 +31,7 @@ from raypipe.models import models
 from raypipe.store.attest import Attestor
 from raypipe.store.kept import begin, keeps, key_of, left
 from raypipe.store.lesson import Admitted, learn
-from raypipe.store.measure import What, measured_gram, measured_moments
+from raypipe.store.measure import What, layer_of, measured_gram, measured_moments, measured_statistics
 from raypipe.store.messages import PROTOCOL, Card, Command, Evaluation, Part, Plan, Refusal, Report, Ticket, Verdict
 from raypipe.store.outbox import Outbox, Point, open_outbox
 from raypipe.store.policy import read_policy
@@ -201,33 +201,40 @@ class Site:
             self._attestor.left("evaluation", plan.run, "", evaluation, f"a version was judged on {split}")
         return evaluation
 
-    def measure(self, plan: Plan, weights: Array | None, what: What, epoch: int = 0) -> Array:
-        """Sums over the training split, float64; see measure.py. Raises StoreRefused, StoreSuperseded."""
+    def measure(
+        self, plan: Plan, weights: Array | None, what: What, epoch: int = 0, known: Array | None = None
+    ) -> Array:
+        """Sums over the training split, float64; see measure.py. Raises StoreRefused, StoreSuperseded.
+
+        `known`: a model's statistics, float32 of the layout's length, where they are not those of the weights.
+        """
         with self._work:
             if epoch:
                 self._fenced(plan.run, epoch)
             self.policy.check(plan)
             self._terms.begin()
-            sums = self._measured(plan, weights, what)
+            sums = self._measured(plan, weights, what, known)
         self._terms.leave(sums.nbytes)
         self._attestor.sums_left(what, plan.run, sums)
         return sums
 
-    def _measured(self, plan: Plan, weights: Array | None, what: What) -> Array:
+    def _measured(self, plan: Plan, weights: Array | None, what: What, known: Array | None) -> Array:
         if what == "moments":
             task = tasks.build(plan.task)
             rows = self._shelf.images(plan, task, "train")
             self.policy.may_measure(what, rows.num)
             return measured_moments(rows, task)
-        if what != "gram" or weights is None:
-            raise StoreRefused(f"what is to be measured is moments, or gram of a model, not {what!r}")
+        layer = layer_of(what)
+        if weights is None or (what != "gram" and layer is None):
+            raise StoreRefused(f"what is to be measured is moments, or gram or statistics of a model, not {what!r}")
         learner = self._shelf.learner(plan, weights)
-        learner.model.load(weights)
+        learner.model.load(weights if known is None else _completed(learner, weights, known))
         examples = self._shelf.images(plan, learner.task, "train")
-        self.policy.may_measure(what, examples.num)
+        self.policy.may_measure("gram" if layer is None else "statistics", examples.num)
         with self._controlled("") as control:
-            share, clock = self._shelf.max_bad_share(plan), self._clock
-            sums = measured_gram(learner.model, learner.task, examples, share, lambda: control.stops(clock))
+            about = (learner.model, learner.task, examples)
+            more = (self._shelf.max_bad_share(plan), lambda: control.stops(self._clock))
+            sums = measured_gram(*about, *more) if layer is None else measured_statistics(*about, *layer, *more)
         if sums is None:
             raise StoreRefused("the measuring was stopped")
         return sums
@@ -378,6 +385,15 @@ class Site:
             raise ConfigError(f"store {self.store} is given {self._gpus:g} GPUs, but torch sees none on this node")
         torch.cuda.set_per_process_memory_fraction(min(1.0, self._gpus))
         return torch.device("cuda", 0)
+
+
+def _completed(learner: Learner, weights: Array, known: Array) -> Array:
+    """Weights with statistics that were measured anew. Raises StoreRefused."""
+    layout = learner.model.layout
+    size = layout.statistic.stop - layout.statistic.start
+    if known.shape != (size,) or known.dtype != np.float32:
+        raise StoreRefused(f"statistics are {known.dtype} of shape {known.shape}, not float32 ({size},)")
+    return layout.with_statistics(weights, known)
 
 
 def _listed(allowed: str | list[str], names: Callable[[], list[str]]) -> tuple[str, ...]:

@@ -209,6 +209,14 @@ class ClassesChanged(TypedDict):
     layout: dict[str, Any]  # Layout.to_json()
 
 
+class Measured(TypedDict):
+    """A version that differs from another in BatchNorm's statistics alone, see coordinator/recalibration.py."""
+
+    of: int | None  # that version; None: the running average of all
+    images: int  # of each store, at most
+    stores: dict[str, int]  # who measured, and by how many images its part is weighed
+
+
 class VersionPublished(TypedDict):
     """A global version is a fact."""
 
@@ -225,6 +233,7 @@ class VersionPublished(TypedDict):
     step_norm: float
     full_weight: float | None  # what the weights would sum to were nothing stale; None: an older raypipe wrote it
     statistic_mix: float | None  # how far statistics moved to the contributors' mean
+    recalibrated: NotRequired[Measured]  # of no update: the last version of a run
     classes: NotRequired[ClassesChanged]  # only where the class list is another from this version on
 
 

@@ -135,11 +135,14 @@ class VaultSite:
 
         return _expected(msg.Evaluation, self._call(self._work, ask))
 
-    def measure(self, plan: msg.Plan, weights: Array | None, what: str, epoch: int = 0) -> Array:
+    def measure(
+        self, plan: msg.Plan, weights: Array | None, what: str, epoch: int = 0, known: Array | None = None
+    ) -> Array:
         """As `collect`: read-only, until the next."""
+        more = {} if known is None else {"known": np.ascontiguousarray(known, "<f4").tobytes()}
 
         def ask(line: Line) -> Body:
-            said = {"verb": "measure", "plan": msg.encode(plan, line.protocol), "what": what, "epoch": epoch}
+            said = {"verb": "measure", "plan": msg.encode(plan, line.protocol), "what": what, "epoch": epoch, **more}
             return _exchange(line, said) if weights is None else _with_weights(line, said, weights)
 
         fetched = _Fetched()

@@ -170,9 +170,10 @@ class Conversation:
         self._site.policy.check(plan)
         check_plan(plan, self._vault.limits)
         weighed = "num_bytes" in body or "digest" in body
+        known = _vector(body, "known") if "known" in body else None
 
         def run(weights: Array | None) -> Array:
-            sums: Array = self._paid(lambda: self._site.measure(plan, weights, what, epoch))
+            sums: Array = self._paid(lambda: self._site.measure(plan, weights, what, epoch, known))
             return sums
 
         if weighed:
@@ -311,6 +312,13 @@ def _bytes(body: Body, name: str) -> bytes:
     if not isinstance(value, bytes):
         raise StoreRefused(f"{name} is not a message")
     return value
+
+
+def _vector(body: Body, name: str) -> Array:
+    raw = _bytes(body, name)
+    if len(raw) % 4:
+        raise StoreRefused(f"{name} is not a vector of float32")
+    return np.frombuffer(raw, "<f4")
 
 
 def _number(body: Body, name: str, least: int) -> int:
