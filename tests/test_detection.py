@@ -111,6 +111,19 @@ def test_what_the_loss_wants_is_what_decoding_reads() -> None:
         assert (found[place, 5] == own[:, 1]).all()
 
 
+def test_a_box_that_has_collapsed_learns_on() -> None:
+    """A new model's may: its height is lost beside its place, and the ratio of its sides had no gradient."""
+    model: Any = models.build({"name": "yolov5n"}, 3, 3, 128)
+    maps = [torch.zeros(1, 3, 128 // s, 128 // s, 8) for s in (8, 16, 32)]
+    for found in maps:
+        found[..., 3] = -20.0
+        found.requires_grad_()
+    model.raw = lambda images: maps
+    model.loss(torch.zeros(1, 3, 128, 128), torch.tensor([[0.0, 0, 60, 60, 30, 40]])).backward()
+    assert all(torch.isfinite(found.grad).all() for found in maps if found.grad is not None)
+    assert any(found.grad[..., 3].abs().sum() > 0 for found in maps if found.grad is not None)
+
+
 @pytest.mark.parametrize("name", sorted({*DETECTORS} - {"ultralytics", *(f"yolov5{s}" for s in "smlx")}))
 def test_detectors_learn_behind_the_same_task(name: str) -> None:
     task = tasks.build({"name": "detection", "classes": ["a", "b"], "image_size": 96})

@@ -17,6 +17,7 @@ from raypipe.models.detector import boxes_of
 
 STRIDES = (8, 16, 32)
 BALANCE = (4.0, 1.0, 0.4)  # of the object loss: small objects are many and hard
+LEAST_SIDE = 1e-3  # strides, added in the loss: of a box without height the ratio of sides has no gradient
 USUAL_SIZE, USUAL_OBJECTS, USUAL_CLASS = 640, 8, 0.6  # the priors: so many objects in such an image
 
 
@@ -210,7 +211,7 @@ class Yolov5(nn.Module):
             image, anchor = target[:, 0].long(), owners
             mine = found[image, anchor, cells[:, 1], cells[:, 0]]
             centre = 2 * mine[:, :2].sigmoid() - 0.5
-            sides = (2 * mine[:, 2:4].sigmoid()) ** 2 * anchors[anchor]
+            sides = (2 * mine[:, 2:4].sigmoid()) ** 2 * anchors[anchor] + LEAST_SIDE
             true_centre, true_sides = target[:, 2:4] - cells, target[:, 4:6]
             off = complete_box_iou_loss(_corners(centre, sides), _corners(true_centre, true_sides))
             box = off.mean()
