@@ -200,7 +200,7 @@ class Replay:
             vector = self._point(self._needs.bases[record.seq, asked["of"]]).vector
         assert vector is not None
         vector = vector.copy()
-        for layer in norms_of(self._said, stage):
+        for layer in norms_of(self._said, stage) if asked["stores"] else ():
             what = (asked["images"], layer)
             sums = {s: self._stores[s].statistics(stage.plan, vector, *what) for s in asked["stores"]}
             both = pooled(sums, asked["stores"])

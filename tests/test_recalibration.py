@@ -63,8 +63,8 @@ class Again(SitePort):
         return await self._ask("measure", msg.expect(msg.Plan, plan), weights, what, self.epoch, known)
 
 
-def taken_up(home: Path, **fails: int) -> tuple[Composition, dict[str, Any]]:
-    made = compose(config(**SAID), "run", home=str(home), put=lambda vector: vector.copy())
+def taken_up(home: Path, said: dict[str, Any] = SAID, **fails: int) -> tuple[Composition, dict[str, Any]]:
+    made = compose(config(**said), "run", home=str(home), put=lambda vector: vector.copy())
     ports: dict[str, Any] = {name: Again(home / "stores" / name, fails.get(name)) for name in NAMES}
     for port in ports.values():
         port.epoch = made.epoch
@@ -158,6 +158,29 @@ def test_who_fails_is_left_out_and_where_all_fail_the_best_version_stays(home: P
     assert best is not None
     assert measured(made, ports) == best[0]
     assert not [b for b in records(tmp_path / "other", "version_published") if b.get("recalibrated")]
+
+
+def test_the_running_average_is_a_version_where_it_is_the_best(tmp_path: Path) -> None:
+    """A liar throws the last version far off; the average has little of it. There are no statistics to be measured."""
+    first, home, told = tmp_path / "first", tmp_path / "home", list[int]()
+    make(first / "stores")
+
+    def lie(update: np.ndarray) -> np.ndarray:
+        told.append(1)
+        return update if len(told) < 10 else -9 * update
+
+    said = {**SAID, "model": {"name": "small_cnn", "width": 8}, "server": {"name": "ema", "decay": 0.8, "ramp": 1.0}}
+    said |= {"evaluate": {"metric": "loss", "every": 10}, "stop": {"max_versions": 10}, "ledger": {"keep": False}}
+    said |= {"train": {"local_steps": 4, "batch_size": 16, "lr": 0.05}}
+    ports = {name: SitePort(first / "stores" / name, lie if name == "a" else None) for name in NAMES}
+    average = run(config(**said), first, ports).shell.model.average
+    shutil.copytree(first, home)
+    made, again = taken_up(home, said)
+    assert measured(made, again) == 11
+    (version,) = [b for b in records(home, "version_published") if b.get("recalibrated")]
+    assert version["recalibrated"] == {"of": None, "images": 0, "stores": {}}
+    assert np.array_equal(made.read(11), average)
+    assert read_run(home / "runs" / "run") == []
 
 
 def test_what_cannot_be_measured_is_refused(home: Path) -> None:

@@ -127,8 +127,8 @@ class Board:
             self.lines.append(f"version {self.version} has another class list: {len(names) - len(gone)} classes")
         if measured := body.get("recalibrated"):
             what = "the running average" if measured["of"] is None else f"version {measured['of']}"
-            who = f"{len(measured['stores'])} stores together"
-            self.lines.append(f"version {self.version} is {what} with its statistics measured anew by {who}")
+            anew = f" with its statistics measured anew by {len(measured['stores'])} stores together"
+            self.lines.append(f"version {self.version} is {what}{anew if measured['stores'] else ''}")
         for part in body["contributions"]:
             row = self.rows[part["store"]]
             row.updates += 1

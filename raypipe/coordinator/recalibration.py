@@ -3,8 +3,9 @@
     the best version, the newest, the running average  ->  statistics by all stores, layer after layer
                                                        ->  judged on validation  ->  better than the best? a version
 
-See aggregation/statistics.py for why. A store that fails or is late is left out from then on: what is had without it is
-judged like any other. A coordinator that dies meanwhile begins with this anew.
+See aggregation/statistics.py for why. The running average (`server: ema`) is judged also where nothing is measured. A
+store that fails or is late is left out from then on: what is had without it is judged like any other. A coordinator
+that dies meanwhile begins with this anew.
 """
 
 from __future__ import annotations
@@ -80,17 +81,16 @@ async def last_version(
     """The best version: one more, where statistics measured anew make a better one; else the best so far."""
     num_images, newest, central = made.config.evaluate.recalibrate, made.machine.version, made.config.evaluate.central
     order = await asyncio.to_thread(made.norms, newest) if num_images is not None else []
-    if num_images is None or not order:
-        return best
     stage, scores, shell = made.stages.at(newest), made.machine.scores, made.shell
     images = {row["store"]: int(row["images"]) for row in made.board.snapshot()["rows"]}
     than, found = None if scores.best is None else scores.best[1], None
-    candidates = [Candidate(v, await asyncio.to_thread(made.read, v)) for v in sorted({best, newest})]
+    versions = sorted({best, newest}) if order else []
+    candidates = [Candidate(v, await asyncio.to_thread(made.read, v)) for v in versions]
     candidates = [one for one in candidates if made.stages.at(one.of or 0) is stage]
     if (average := shell.model.average) is not None:
         candidates.append(Candidate(None, average))
     for candidate in candidates:
-        about: dict[str, Any] = {"num_images": num_images, "fetchable": fetchable, "judge": central}
+        about: dict[str, Any] = {"num_images": num_images or 0, "fetchable": fetchable, "judge": central}
         measured = await recalibrated(ports, images, stage, order, candidate, **about)
         if measured is None:
             continue
@@ -100,7 +100,7 @@ async def last_version(
             than, found = score, measured
     if found is None:
         return best
-    await asyncio.to_thread(shell.add, newest + 1, found, num_images)
+    await asyncio.to_thread(shell.add, newest + 1, found, num_images or 0)
     return newest + 1
 
 
@@ -132,7 +132,7 @@ async def recalibrated(
         both = pooled(answers, images) if answers else None
         if both is None or not put(found.vector, layout, layer, both):
             return None
-    found.stores = {store: images[store] for store in sorted(there)}
+    found.stores = {store: images[store] for store in sorted(there)} if order else {}
     judges = ports if judge is None else {judge: ports[judge]}
     whole = fetchable(found.vector)
     found.bytes_down += found.vector.nbytes * len(judges)

@@ -210,10 +210,11 @@ class ClassesChanged(TypedDict):
 
 
 class Measured(TypedDict):
-    """A version that differs from another in BatchNorm's statistics alone, see coordinator/recalibration.py."""
+    """A version that differs from another, or from the running average of all, in BatchNorm's statistics at most: see
+    coordinator/recalibration.py."""
 
     of: int | None  # that version; None: the running average of all
-    images: int  # of each store, at most
+    images: int  # of each store, at most; 0: nothing was measured
     stores: dict[str, int]  # who measured, and by how many images its part is weighed
 
 
