@@ -5,7 +5,6 @@ With run.py and cli.py the only file that knows all rooms.
 
 from __future__ import annotations
 
-import platform
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -282,6 +281,8 @@ def started(
     said: RunConfig, run: str, layout: Layout, plan: Plan, code: str, epoch: int, cluster: bool
 ) -> dict[str, Any]:
     """The record's first fact: see RunStarted."""
+    from raypipe.store.processor import machine  # imports torch
+
     licence = licence_of(said.model)
     return {
         "run": run,
@@ -299,13 +300,6 @@ def started(
         "machine": machine(),
         **({"licence": licence} if licence else {}),
     }
-
-
-def machine() -> str:
-    """What this process computes with: with another, bits may differ."""
-    import torch
-
-    return f"torch {torch.__version__}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 @dataclass

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -95,8 +97,12 @@ def _replay(options: argparse.Namespace, console: Console) -> int:
 
     folder = run_folder(options.which)
     replay = Replay(folder, options.stores or stores_of(folder))
+    if (other := replay.other_environment()) and not other.items() <= os.environ.items():
+        return _replay_by(options, other, console)
     out = None if options.verify else VersionStore(options.out or Path(f"{replay.run}-replayed"))
     differ, said = list[str](), time.monotonic()
+    for line in replay.strange():
+        console.print(f"note: {line}; bits may differ", highlight=False, markup=False, soft_wrap=True)
     for done, made in enumerate(replay.versions(), 1):
         if out is not None:
             out.write(made.version, made.vector, replay.layout, model_card(replay.started, made.version, replay.task))
@@ -115,6 +121,18 @@ def _replay(options: argparse.Namespace, console: Console) -> int:
     line = f"{replay.run}: {replay.num_versions} versions made again{where}, each with the bytes that the record says"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _replay_by(options: argparse.Namespace, environment: Mapping[str, str], console: Console) -> int:
+    """In a process of its own: torch looks at its environment once."""
+    said = " ".join(f"{name}={value}" for name, value in environment.items())
+    line = f"note: the run's processors had fewer instructions than this one, which goes without the others: {said}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    asked = [options.which, *(["--verify"] if options.verify else [])]
+    for name, value in (("--stores", options.stores), ("--out", options.out)):
+        asked += [name, str(value)] if value is not None else []
+    command = [sys.executable, "-m", "raypipe", "replay", *asked]
+    return subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
 
 
 def stores_of(folder: Path) -> Path:

@@ -3,7 +3,8 @@
 The record says of each version which updates are in it, in which order and with which weights, and of each update all
 that its training followed from. So any run can be replayed, asynchronous ones too: what was chance then (who came
 first, how many steps fitted into the time) is a fact now. Sums depend on a processor's vector instructions: the
-replay needs the same architecture, and a store that trained on a GPU cannot be replayed to the bit.
+replay needs the same architecture, and a store that trained on a GPU cannot be replayed to the bit. The record says
+what the coordinator and each store computed with; `strange` says where that is another here.
 
     journal -> [version | withdrawal] in order -> contributions trained again -> folded as recorded -> hash compared
 """
@@ -21,7 +22,7 @@ from pydantic import TypeAdapter
 
 from raypipe.aggregation.statistics import pooled, put
 from raypipe.aggregation.variates import Learned, Sent, Variates
-from raypipe.compose import first_stage, initial_model, machine, norms_of, recorded_stage
+from raypipe.compose import first_stage, initial_model, norms_of, recorded_stage
 from raypipe.config.schema import RunConfig
 from raypipe.coordinator.stages import Stage
 from raypipe.errors import ConfigError, RunError, StoreError
@@ -30,6 +31,7 @@ from raypipe.models.growth import Growth
 from raypipe.models.tensors import vector_from
 from raypipe.run import policy_of
 from raypipe.store.messages import Part, Ticket
+from raypipe.store.processor import fewer, machine, same
 from raypipe.store.seeds import ticket_seed
 from raypipe.tasks.class_list import Change, ClassList
 from raypipe.tracking.journal import FILE, Journal, Record
@@ -146,11 +148,19 @@ class Replay:
         """That the newest version is of: its class list may have changed."""
         return self._stage.plan.task
 
+    def other_environment(self) -> dict[str, str]:
+        """In which this machine computes as all of those did, where it can and does not; see processor.py."""
+        kinds = ("run_started", "store_joined")
+        return fewer({r.body["machine"] for r in self._records if r.kind in kinds and r.body.get("machine")}, machine())
+
     def strange(self) -> list[str]:
         """What may be why a version differs: other machines than this one, a line each."""
-        then = self.started.get("machine", "")
-        found = [f"the coordinator had {then}; here is {machine()}"] if then not in ("", machine()) else []
         cards = [r.body for r in self._records if r.kind == "store_joined" and r.body["store"] in self._stores]
+        had = {"the coordinator": {r.body.get("machine", "") for r in self._records if r.kind == "run_started"}}
+        for card in sorted(cards, key=lambda card: str(card["store"])):
+            had.setdefault(f"store {card['store']}", set()).add(card.get("machine", ""))
+        here = machine()
+        found = [f"{who} had {one}; here is {here}" for who in had for one in sorted(had[who]) if not same(one, here)]
         gpus = {card["store"] for card in cards if card["gpu"]}
         found += [f"store {store} trained on a GPU, whose sums are not repeated here" for store in sorted(gpus)]
         many = [store for store in self._said.stores if store.num_ranks > 1 and store.id in self._stores]

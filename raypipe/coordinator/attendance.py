@@ -90,6 +90,8 @@ class Attendance:
             body = {"store": store, "counts": counts, "cpus": card.cpus, "gpu": card.gpu, "node": card.node}
             body |= {"key": card.key, "limits": card.limits}
             body |= {"data_bytes": card.data_bytes.get(self._data, 0), "hash": card.data_hashes.get(self._data)}
+            if card.machine:
+                body["machine"] = card.machine
             if card.code:
                 body["vault_code"] = card.code
             await self._record(do.Record("store_joined", body))

@@ -39,7 +39,7 @@ PROTOCOL = 3
 SPOKEN = (PROTOCOL - 1, PROTOCOL)  # so that stores and coordinators need not be updated on the same day
 # What PROTOCOL has brought; all of it has defaults.
 NEW = {
-    "Card": {"key", "head_size", "code"},
+    "Card": {"key", "head_size", "code", "machine"},
     "Plan": {"update", "trained", "fix_statistics_from", "local"},
     "Ticket": {"base"},
     "Report": {"digest", "signature", "cosignature", "after", "data_hash"},
@@ -70,6 +70,7 @@ class Card:
     key: str | None = None  # the public half of the key that the store signs with, 64 hex digits
     head_size: int = 0  # of the last head of the run's ledger that it co-signed
     code: str = ""  # of a vault: the hash of the code installed there
+    machine: str = ""  # what it computes with, see processor.py
 
 
 @dataclass(frozen=True, slots=True)

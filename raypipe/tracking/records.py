@@ -94,6 +94,7 @@ class StoreJoined(TypedDict):
     node: str
     key: NotRequired[str | None]  # public; what it signs its updates with
     limits: NotRequired[dict[str, float]]  # by its own policy
+    machine: NotRequired[str]  # what it computes with: with another, bits may differ
     vault_code: NotRequired[str]  # the hash of the code installed in the store's vault, where there is one
 
 
