@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 from raypipe.errors import ConfigError, RunError, StoreError, StoreRefused, UpdateRejected
 from raypipe.ledger import entries, heads
+from raypipe.ledger.audit import Finding
 from raypipe.ledger.chain import Ledger
 from raypipe.ledger.commands import add_parsers
 from raypipe.ledger.entries import Body, Entry, plain
@@ -695,12 +696,95 @@ def test_a_fork_under_the_coordinators_own_key_is_found_by_heads_that_stores_kep
 ) -> None:
     forged = rewritten(made, heavier, tmp_path / "forged")
     assert forged.verify().ok  # by itself it holds: nobody else's word is in it
-    findings = forged.verify(read_saved(made.heads_of("south")))
-    assert "forked: it or one up to" in lines_of(findings)
+    kept = read_saved(made.heads_of("south"))
+    findings = forged.verify(kept)
+    assert "forked: it is not what the kept head" in lines_of(findings)
     ours, theirs = ([json.loads(line)["entry"] for line in it.read() if b'{"entry"' in line] for it in (made, forged))
     differs = next(i for i, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other)
-    sizes = [head.size for head in read_saved(made.heads_of("south")).heads]
-    assert named(findings) == max(size for size in sizes if size <= differs)
+    assert named(findings) == differs
+    findings = forged.verify(replace(kept, tree=Tree()))
+    assert "forked: it or one up to" in lines_of(findings)
+    assert named(findings) == max(head.size for head in kept.heads if head.size <= differs)
+
+
+Tale = list[tuple[Body, float]]  # a ledger's entries: what is said, and when
+FORKS: dict[str, Callable[[Tale, int], Tale]] = {
+    "changed": lambda tale, i: [*tale[:i], (tale[i][0], tale[i][1] + 0.5), *tale[i + 1 :]],
+    "left out": lambda tale, i: [*tale[:i], *tale[i + 1 :]],
+    "moved": lambda tale, i: [*tale[:i], *tale[i + 1 : i + 2], tale[i], *tale[i + 2 :]],
+    "put in": lambda tale, i: [*tale[:i], (entries.Refused("north", "never", "late"), 7.0), *tale[i:]],
+    "cut off": lambda tale, i: tale[:i],
+}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_fork_at_any_entry_is_found_and_its_entry_named(
+    many: tuple[Federation, list[bytes]], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Signed anew with the coordinator's own key: by itself it may hold, against what others kept it never does."""
+    made, lines = many
+    made.write(lines)
+    said = [Entry(**one["entry"]) for one in map(json.loads, lines) if "entry" in one]
+    kept, copy = read_saved(made.heads_of("south")), read_saved(made.run_folder / FILE)
+    seen = max(head.size for head in kept.heads)
+    kind, first = data.draw(st.sampled_from(sorted(FORKS))), data.draw(st.integers(1, seen - 2))
+    forged = Ledger(tmp_path_factory.mktemp("fork"), made.key, RUN)
+    for body, at in FORKS[kind]([(entry.typed(), entry.at) for entry in said], first):
+        forged.append(body, at=at)
+    forged.seal(at=9000.0)
+    forged.close()
+    folder = forged.path.parent
+    for witness in (kept, copy):
+        assert shown(folder, witness)[0].entry == first, kind
+    (one,) = shown(folder, replace(kept, tree=Tree()))
+    assert one.entry is not None
+    assert one.entry <= first
+    if "up to" in one.line:
+        assert first <= int(one.line.partition("up to ")[2].partition(",")[0])
+    else:
+        assert one.entry == first
+
+
+def shown(folder: Path, witness: Saved) -> list[Finding]:
+    """What is found by what was kept, and not by the ledger itself."""
+    alone = verify(folder).problems
+    return [one for one in verify(folder, [witness]).problems if one not in alone]
+
+
+def test_leaves_that_are_not_those_of_the_head_are_refused_and_no_liar_frames_the_coordinator(
+    going_on: Federation, tmp_path: Path
+) -> None:
+    proof = going_on.ledger.base_proof(4, going_on.witnesses["north"].size(RUN))
+    for wrong in (proof["leaves"][64:] + proof["leaves"][:64], "00" * 32 * (len(proof["leaves"]) // 64)):
+        with pytest.raises(StoreRefused, match="the leaves that the base's proof brings are not those of its head"):
+            ask(going_on, "north", 4, leaves=wrong)
+    with pytest.raises(StoreRefused, match="no proof"):
+        ask(going_on, "north", 4, leaves=proof["leaves"][64:])
+    before = going_on.heads_of("north").read_bytes()
+    ask(going_on, "north", 4)
+    assert going_on.heads_of("north").read_bytes().startswith(before), "what was refused left nothing"
+    path = tmp_path / "liar"
+    lines = going_on.heads_of("north").read_bytes().splitlines(keepends=True)
+    told = json.loads(lines[0])
+    path.write_bytes(heads.leaves_line(0, bytes(len(told["leaves"]) // 2)) + b"".join(lines[1:]))
+    assert going_on.verify(read_saved(path)).ok, "leaves that no signed root is of say nothing"
+
+
+def test_a_store_that_was_told_no_leaves_keeps_heads_alone(going_on: Federation) -> None:
+    """An older coordinator; or one that had more to tell than goes into a ticket."""
+    ask(going_on, "north", 4, leaves="")
+    going_on.ledger.seal(at=1.0)
+    going_on.publish(5)
+    kept = read_saved(going_on.heads_of("north"))
+    assert kept.tree.size < kept.heads[-2].size
+    again = Witness(going_on.heads_of("north").parent, going_on.keys["north"], "north")
+    assert again.size(RUN) == kept.heads[-1].size
+    assert going_on.verify(kept).ok
+    path = going_on.heads_of("north")
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]) + b"{}\n")
+    with pytest.raises(ConfigError, match=r"heads.jsonl:4: neither a head nor leaves"):
+        read_saved(path)
 
 
 def test_a_copy_of_the_ledger_names_the_forked_entry(made: Federation, tmp_path: Path) -> None:

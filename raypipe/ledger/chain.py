@@ -37,6 +37,8 @@ from raypipe.ledger.lines import FILE, Line, read_lines
 from raypipe.ledger.tree import Tree
 from raypipe.security.files import sync_folder
 
+MOST_LEAVES = 2048  # in a proof: 128 kB; who has been away for longer, or joins so late, goes without
+
 
 class LedgerBusy(RunError):
     """Another process writes it, and may end soon."""
@@ -205,6 +207,7 @@ class Ledger:
                 "entry": json.loads(raw)["entry"],
                 "inclusion": [step.hex() for step in self._tree.inclusion(place.index, head.size)],
                 "consistency": [step.hex() for step in self._tree.consistency(since, head.size)] if since else [],
+                "leaves": "" if head.size - since > MOST_LEAVES else self._tree.leaves(since, head.size).hex(),
             }
             return proof
 

@@ -25,7 +25,11 @@ class Tree:
 
     def append(self, data: bytes) -> None:
         """One more leaf, and every subtree that it fills."""
-        node, height, place = leaf_hash(data), 0, self.size
+        self.add(leaf_hash(data))
+
+    def add(self, node: bytes) -> None:
+        """The same, of a leaf whose hash is known."""
+        height, place = 0, self.size
         self._levels[0] += node
         while place & 1:
             level, height, place = self._levels[height], height + 1, place >> 1
@@ -34,6 +38,10 @@ class Tree:
                 self._levels.append(bytearray())
             self._levels[height] += node
         self.size += 1
+
+    def leaves(self, start: int, stop: int) -> bytes:
+        """The hashes of these leaves, WIDTH bytes each."""
+        return bytes(self._levels[0][start * WIDTH : stop * WIDTH])
 
     def root(self, size: int | None = None) -> bytes:
         """32 bytes: of the first `size` leaves, or of all. Raises ValueError when there are fewer."""

@@ -4,7 +4,9 @@
                 the run's key, of these entries; every update signed by its store's key, once, from the base that it
                 names; every version on its parent; every co-signature; weights that are kept, by their hash
     against     heads that somebody kept, or a copy of the ledger: a chain that was rewritten, forked or cut off and
-                signed anew by the holder of the coordinator's key is found only so
+                signed anew by the holder of the coordinator's key is found only so. The first entry that differs is
+                named where the other side's entries are there, or the leaves that a store keeps with its heads; by
+                heads alone it is one of those between the last head that agrees and the first that does not
 
 It cannot show that an update did what its store says it did, nor that stores are who the roster says they are.
 """
@@ -21,8 +23,10 @@ from blake3 import blake3
 from raypipe.errors import ConfigError, RunError
 from raypipe.ledger.audit import Audit, Finding, end, take
 from raypipe.ledger.entries import Entry
-from raypipe.ledger.heads import Head, is_genuine
+from raypipe.ledger.heads import Head, is_genuine, read_kept
 from raypipe.ledger.lines import FILE, read_lines
+from raypipe.ledger.offline import leaf_hash
+from raypipe.ledger.tree import WIDTH, Tree
 
 WEIGHTS = "versions"
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -52,15 +56,18 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What somebody kept: heads, and from a copy of a ledger the hash of each entry too."""
+    """What somebody kept: heads; from a copy of a ledger the hash of each entry too, from a store the tree's leaves."""
 
     heads: tuple[Head, ...]
     hashes: dict[int, str] = field(default_factory=dict)
+    tree: Tree = field(default_factory=Tree)
 
 
 def read_saved(path: Path) -> Saved:
     """A file of heads as a store keeps it, or a copy of a ledger. Raises ConfigError naming the line that is wrong."""
     heads, hashes = [], {}
+    if (kept := _read_kept(path)) is not None:
+        return kept
     try:
         for number, line in enumerate(read_lines(path), 1):
             if isinstance(line.item, Entry):
@@ -74,6 +81,20 @@ def read_saved(path: Path) -> Saved:
     if not heads:
         raise ConfigError(f"{path} holds no signed head")
     return Saved(tuple(heads), hashes)
+
+
+def _read_kept(path: Path) -> Saved | None:
+    """Of a store's own file; None for what is none. Raises ConfigError naming the line that is wrong."""
+    try:
+        content = path.read_bytes()
+        if not content.startswith((b'{"head":', b'{"leaves":')):
+            return None
+        found, tree, _ = read_kept(content)
+    except OSError:
+        return None  # it is said by who reads it next
+    except ValueError as error:
+        raise ConfigError(f"{path}:{error}") from None
+    return Saved(tuple(found), {}, tree) if found else None
 
 
 def verify(
@@ -110,20 +131,51 @@ def _compare(audit: Audit, saved: Saved) -> None:
             audit.say(None, f"the kept head ({head.short}) is not signed by this ledger's coordinator")
         elif head.run != audit.run:
             audit.say(None, f"the kept head is of run {head.run}, the ledger of {audit.run}")
-        elif head.size > audit.tree.size:
-            audit.say(audit.tree.size, f"it is gone: a head was signed over {head.size} entries")
-            return
-        elif audit.broken is not None and audit.broken < head.size:
-            audit.notes.append(Finding(audit.broken, "heads kept from here on could not be compared"))
-            return
-        elif audit.tree.root(head.size).hex() != head.root:
-            mine = audit.heads.get(head.size)
-            twice = f"; the coordinator signed both roots of size {head.size}" if mine else ""
-            until = f" or one up to {head.size - 1}" if head.size - same > 1 else ""
-            audit.say(same, f"forked: it{until} is not what the kept head ({head.short}) was signed over{twice}")
-            return
-        else:
+        elif _comparable(audit, head) and audit.tree.root(head.size).hex() == head.root:
             same = head.size
+        else:
+            _differs(audit, head, same, _other(audit, head, same, saved.tree))
+            return
+
+
+def _comparable(audit: Audit, head: Head) -> bool:
+    """So many entries are here, and in their places."""
+    return head.size <= audit.tree.size and (audit.broken is None or audit.broken >= head.size)
+
+
+def _other(audit: Audit, head: Head, same: int, kept: Tree) -> int | None:
+    """The first entry of which the kept leaf is another, where there are leaves under the head's root: signed."""
+    if kept.size < head.size or kept.root(head.size).hex() != head.root:
+        return None
+    leaves = kept.leaves(0, head.size)
+    for index in range(same, min(head.size, audit.expected)):
+        mine = audit.hashes.get(index)  # of a line that is none it was said already
+        if mine is not None and leaf_hash(bytes.fromhex(mine)) != leaves[index * WIDTH : (index + 1) * WIDTH]:
+            return index
+    return None
+
+
+def _differs(audit: Audit, head: Head, same: int, other: int | None) -> None:
+    """The kept head is of no ledger that begins as this one does; both begin with the same entries, so many."""
+    over = f"the kept head ({head.short}) was signed over"
+    if other is not None:
+        audit.say(other, f"forked: it is not what {over}{_about(audit, head)}")
+    elif head.size > audit.tree.size:
+        audit.say(audit.tree.size, f"it is gone: a head was signed over {head.size} entries")
+    elif not _comparable(audit, head):
+        audit.notes.append(Finding(audit.broken, "heads kept from here on could not be compared"))
+    else:
+        until = f" or one up to {head.size - 1}, as near as heads alone tell," if head.size - same > 1 else ""
+        audit.say(same, f"forked: it{until} is not what {over}{_about(audit, head)}")
+
+
+def _about(audit: Audit, head: Head) -> str:
+    """What else a head says that is not as it is here."""
+    said = f"; the coordinator signed both roots of size {head.size}" if head.size in audit.heads else ""
+    mine = None if head.version is None else audit.versions.get(head.version)
+    if mine is not None and head.digest is not None and mine[1].digest != head.digest:
+        said += f"; version {head.version} is {mine[1].digest[:15]} here, {head.digest[:15]} there"
+    return said
 
 
 def _weights(audit: Audit, folder: Path) -> None:
