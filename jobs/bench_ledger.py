@@ -43,6 +43,8 @@ class Versions:
         )  # fmt: skip
         names = [f"store-{i}" for i in range(STORES)]
         self.stores = {n: Attestor(folder / n, Policy(store=n), threads=1, wall=time.time) for n in names}
+        for store in self.stores.values():
+            store.owns("ledger")
         none: dict[str, Any] = {"name": "none"}
         self.plan = msg.Plan("ledger", none, none, "images", none, 0.1, none, 32, "")
         rng = np.random.default_rng(0)

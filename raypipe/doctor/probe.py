@@ -15,10 +15,14 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from raypipe.errors import ConfigError, RaypipeError, StoreError
+from raypipe.ledger.keys import digest
+from raypipe.ledger.offline import canonical
+from raypipe.ledger.receipts import write_apart
 from raypipe.placement.homes import raypipe_home, stores_home, vaults_home
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "msgpack", "cryptography")
@@ -166,15 +170,35 @@ def _data(stores: Sequence[str]) -> tuple[list[Data], list[tuple[str, str]], lis
     data, vaults, troubles = list[Data](), [], []
     for store in stores:
         try:
-            if _vaulted(store):
+            if _vaulted(store):  # which writes its own receipts
                 found, code = _of_vault(store)
                 vaults.append((store, code))
             else:
-                found = _of_policy(store)
+                found = _told_of(store)
             data += found
         except RaypipeError as error:
             troubles.append(f"store {store}: {error.message.splitlines()[0]}")
     return data, vaults, troubles
+
+
+def _told_of(store: str) -> list[Data]:
+    """What its policy offers, with a receipt at the store, and so for why that cannot be told. Raises RaypipeError."""
+    try:
+        found = _of_policy(store)
+    except RaypipeError as error:
+        with suppress(StoreError):  # a line of ours: it holds nothing that may not leave
+            _receipt(store, error.message.splitlines()[0])
+        raise
+    _receipt(store, [asdict(one) for one in found])
+    return found
+
+
+def _receipt(store: str, told: Any) -> None:
+    """Raises StoreError (disk full): then it may not leave."""
+    if (home := stores_home() / store).is_dir():
+        raw = canonical(told)
+        about = {"kind": "doctor", "run": "", "ticket": "", "why": "somebody looked the cluster over: raypipe doctor"}
+        write_apart(home / "egress", at=time.time(), num_bytes=len(raw), digest=digest(raw), **about)
 
 
 def _vaulted(store: str) -> bool:

@@ -38,6 +38,8 @@ def add_parsers(subparsers: Parsers) -> None:
     enrolled.add_argument("key", metavar="KEY", help="its Ed25519 public key, 64 hex digits")
     gone = _verb(verbs, "revoke", ledger_revoke, "say that a store's key counts no more")
     gone.add_argument("store", metavar="STORE")
+    told = _verb(verbs, "receipts", ledger_receipts, "say what left a store, by its own receipts; on its machine")
+    told.add_argument("store", metavar="STORE", help="its id, or its folder")
     for sub in (enrolled, gone):
         sub.add_argument("--roster", type=Path, metavar="FILE", help="default: that of the coordinator's machine")
     page = _verb(subparsers, "evidence", evidence, "write one page about a run for an auditor", run=True)
@@ -92,6 +94,27 @@ def ledger_prove(options: argparse.Namespace) -> int:
     _say(f"written: {path}")
     _say(f"to check it: python {Path(offline.__file__).name} {path} --coordinator-key {head['coordinator']}")
     return 0
+
+
+def ledger_receipts(options: argparse.Namespace) -> int:
+    """A line a run; 1 where a receipt was changed or taken out."""
+    from raypipe.ledger.receipts import APART, read_receipts
+    from raypipe.placement.homes import stores_home
+
+    folder = Path(options.store) / "egress"
+    folder = folder if folder.is_dir() else stores_home() / options.store / "egress"
+    runs = sorted({file.parent for file in folder.glob("*/egress-*.jsonl")})
+    if not runs:
+        raise ConfigError(f"store {options.store} has no receipts in {folder}")
+    wrong = 0
+    for run in runs:
+        found = read_receipts(run)
+        kinds = ", ".join(f"{one.messages} {kind}, {one.num_bytes:,} bytes" for kind, one in found.kinds.items())
+        _say(f"{'of no run' if run.name == APART else run.name}: {kinds or 'none'}")
+        for problem in found.problems:
+            _say(f"WRONG: {run.name}/{problem}")
+        wrong += len(found.problems)
+    return 1 if wrong else 0
 
 
 def ledger_enroll(options: argparse.Namespace) -> int:

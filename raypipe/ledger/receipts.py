@@ -4,12 +4,20 @@ One file a month (`egress-2026-11.jsonl`), one chain through all of them: each l
 canonical JSON; `prev` is the hash of the line before. It shows that nothing was changed or taken out in the middle.
 Lines missing at the end, or an account written anew, it cannot show: the file is the store's word to itself.
 
+    egress/RUN/   of a run: written by the one process that has the run's outbox
+    egress/_/     of no run, or of one that another process has: whoever writes takes its lock
+
+Bytes are those of messages and vectors, without the frames around them; a peer of the protocol before is told the same
+message less what it does not know. What holds nothing has no receipt: that a verb was done, that the store lives, how
+much of a vector has come.
+
 Lines are handed to the system at once and not forced to the disk: a power cut may lose the last seconds.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -17,6 +25,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from raypipe.errors import StoreError, unwritten
 from raypipe.ledger.entries import FIRST, exact, plain
@@ -24,11 +33,18 @@ from raypipe.ledger.offline import canonical, entry_hash
 
 TAIL = 1 << 16  # bytes read to find the last line; `why` is cut so that a line fits
 WHY = 1000  # characters
+NAME = 256  # of a run or a ticket: what is asked for may have any length
+APART = "_"  # no run's name begins so
+LOCK = "lock"
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """`kind` as in `report`, `update`, `evaluation`, `sums`, `card`, `refusal`; `digest` is of the bytes that left."""
+    """`kind` as in `card`, `report`, `update`, `evaluation`, `sums`, `refusal`; `digest` is of the bytes that left.
+
+    `again`: a part of an update that was sent once more. `pause`: why nothing is computed now, told at each heartbeat
+    until it changes. `doctor`: what a look at the node has said of the store. `hello`: a vault's greeting.
+    """
 
     index: int
     prev: str
@@ -82,7 +98,8 @@ class Receipts:
     def write(self, *, at: float, kind: str, run: str, ticket: str, num_bytes: int, digest: str, why: str) -> Receipt:
         """One more receipt; call it before the bytes leave. Raises StoreError (disk full): then they may not."""
         with self._lock:
-            receipt = Receipt(self._index, self._prev, float(at), kind, run, ticket, num_bytes, digest, why[:WHY])
+            names = kind, run[:NAME], ticket[:NAME]
+            receipt = Receipt(self._index, self._prev, float(at), *names, num_bytes, digest, why[:WHY])
             found = entry_hash(plain(receipt)).hex()
             line = b'{"hash":"' + found.encode() + b'","receipt":' + canonical(plain(receipt)) + b"}\n"
             try:
@@ -108,6 +125,25 @@ class Receipts:
                 os.close(self._file)
             self._file, self._name = opened, name
         return self._file
+
+
+def write_apart(egress: Path, **said: Any) -> Receipt:
+    """A receipt in the account that many processes write; as `Receipts.write`, which says what is to be `said`."""
+    folder = egress / APART
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise unwritten("the store cannot write its receipts", error) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        receipts = Receipts(folder)
+        try:
+            return receipts.write(**said)
+        finally:
+            receipts.close()
+    finally:
+        os.close(lock)
 
 
 def read_receipts(folder: Path) -> Egress:

@@ -31,6 +31,8 @@ from ray import exceptions as rex
 
 from raypipe.config.schema import Store, Transport
 from raypipe.errors import StoreError, StoreRefused, StoreSuperseded, StoreUnreachable
+from raypipe.ledger.keys import digest
+from raypipe.ledger.receipts import write_apart
 from raypipe.placement.homes import stores_home
 from raypipe.placement.plan import missing, missing_advice, store_options
 from raypipe.store import messages as msg
@@ -64,7 +66,7 @@ class SiteActor:
         transport: Transport = "actor",
         ranks: int = 1,
     ) -> None:
-        self._store = store
+        self._store, self._here = store, transport == "actor"
         self._site: Any = None
         if transport == "vault":  # this process has nothing of the store's, and no disk for a log
             self._log = logging.getLogger("raypipe.proxy")
@@ -115,7 +117,7 @@ class SiteActor:
         answer = self._answer("collect", lambda site: site.collect(ticket, how, run, epoch))
         if isinstance(answer, bytes) or self._site.rate is None:
             return cast("np.ndarray | bytes", answer)
-        going = self._going[ticket] = Going(answer, self._site.rate, time.monotonic())
+        going = self._going[ticket] = Going(answer, self._site.rate, time.monotonic(), run)
         while len(self._going) > MAX_GOING:
             self._going.popitem(last=False)
         return going.about
@@ -124,21 +126,28 @@ class SiteActor:
     def piece(self, ticket: str, at: int) -> tuple[int, bytes, bytes] | bytes:
         """A Piece of an update that is on its way, from an offset on, not before its time."""
         going = self._going.get(ticket)
-        if going is None:
-            error = StoreError("it is kept no longer; collect it again")
-            return msg.encode(refusal(error, self._store, "piece", self._log))
-        piece, due_at = going.piece(at)
+        try:
+            if going is None:
+                raise StoreError("it is kept no longer; collect it again")
+            sent = going.sent
+            piece, due_at = going.piece(at)
+            if at < sent and self._here:  # what a vault gave out whole, only its actor sends again
+                self._site.sent_again(going.run, ticket, piece.data[: sent - at])
+        except StoreError as error:
+            return self._refused(error, "piece")
         time.sleep(max(0.0, due_at - time.monotonic()))
         return piece.at, piece.data, piece.check
 
     def settle(self, verdicts: list[bytes]) -> None:
+        """Nothing leaves, whatever comes of it."""
+
         def run(site: Any) -> None:
             for raw in verdicts:
                 verdict = msg.expect(msg.Verdict, raw)
                 site.settle(verdict)
                 self._going.pop(verdict.ticket, None)
 
-        self._answer("settle", run)
+        self._answer("settle", run, told=False)
 
     def evaluate(
         self, plan: bytes, weights: np.ndarray, split: str, epoch: int, still: np.ndarray | None = None
@@ -178,17 +187,26 @@ class SiteActor:
         self._log.warning("no coordinator was heard of for %.0f s: this process ends", orphan_s)
         os._exit(0)
 
-    def _answer(self, method: str, run: Callable[[Any], Any]) -> Any:
-        """Run one method of the site; nothing but a safe line leaves when it fails."""
+    def _answer(self, method: str, run: Callable[[Any], Any], *, told: bool = True) -> Any:
+        """Run one method of the site; nothing but a safe line leaves when it fails, and not that where not `told`."""
         self._heard = time.monotonic()
         try:
             if self._site is None:
                 self._site = self._make()
             return run(self._site)
         except Exception as error:  # noqa: BLE001  the shell: whatever it is, it must not carry private data out
-            if self._site is not None:
-                return msg.encode(self._site.refusal(error, method))
-            return msg.encode(refusal(error, self._store, method, self._log))
+            return self._refused(error, method) if told else refusal(error, self._store, method, self._log)
+
+    def _refused(self, error: BaseException, method: str) -> bytes:
+        """A Refusal that leaves, with the store's receipt; a vault has written its own."""
+        if self._here and self._site is not None:
+            return msg.encode(self._site.refusal(error, method))
+        raw = msg.encode(refusal(error, self._store, method, self._log))
+        if self._here and (home := stores_home() / self._store).is_dir():
+            about = {"kind": "refusal", "run": "", "ticket": "", "why": f"{method} was asked for, and there is no site"}
+            with suppress(StoreError):
+                write_apart(home / "egress", at=time.time(), num_bytes=len(raw), digest=digest(raw), **about)
+        return raw
 
 
 _with_options: Any = ray.remote  # its stubs do not know concurrency groups

@@ -2,7 +2,7 @@
 
     <store home>/keys/store.pem          its private key; made here, never sent
     <store home>/heads/RUN.heads.jsonl   every head of the run's ledger that it co-signed: for `ledger verify --against`
-    <store home>/egress/RUN/             receipts, a file a month
+    <store home>/egress/RUN/, egress/_/  receipts, see ledger/receipts.py
 
 A run that began with a ledger goes on with it: once this store has co-signed a head of a run, it trains on nothing of
 that run without a proof. A store whose policy names `coordinators` never does.
@@ -22,7 +22,7 @@ import numpy as np
 from raypipe.errors import ConfigError, StoreRefused
 from raypipe.ledger.keys import digest, load_or_make_key
 from raypipe.ledger.offline import update_statement
-from raypipe.ledger.receipts import Receipts
+from raypipe.ledger.receipts import Receipts, write_apart
 from raypipe.ledger.witness import Witness
 from raypipe.store.messages import Message, Part, Plan, Report, Ticket, encode
 from raypipe.store.policy import Policy
@@ -56,8 +56,13 @@ class Attestor:
         self._required = bool(policy.coordinators)
         self._witness = Witness(home / "heads", self._key, self._store, policy.coordinators)
         self._receipts: dict[str, Receipts] = {}
+        self._owned: set[str] = set()
         self._signed: OrderedDict[str, tuple[list[Part], str, Array | None]] = OrderedDict()
         self._lock = Lock()
+
+    def owns(self, run: str) -> None:
+        """This process has the run's outbox, and so is the one that writes its receipts."""
+        self._owned.add(run)
 
     @property
     def public(self) -> str:
@@ -119,7 +124,10 @@ class Attestor:
 
     def left(self, kind: str, run: str, ticket: str, message: Message, why: str) -> None:
         """A receipt for a message. Raises StoreError (disk full): then it may not leave."""
-        raw = encode(message)
+        self.said(kind, run, ticket, encode(message), why)
+
+    def said(self, kind: str, run: str, ticket: str, raw: bytes, why: str) -> None:
+        """The same, for what is no message of the protocol, or only a part of one."""
         self._write(kind, run, ticket, len(raw), digest(raw), why)
 
     def update_left(self, report: Report, run: str, how: list[Part], encoded: Array, why: str) -> None:
@@ -142,6 +150,7 @@ class Attestor:
             for receipts in self._receipts.values():
                 receipts.close()
             self._receipts.clear()
+            self._owned.clear()
 
     def _forget_encoded(self) -> None:
         """One encoded update is kept, until it left or another was made."""
@@ -150,8 +159,14 @@ class Attestor:
                 self._signed[ticket] = how, found, None
 
     def _write(self, kind: str, run: str, ticket: str, num_bytes: int, found: str, why: str) -> None:
+        egress, about = self._home / "egress", {"kind": kind, "run": run, "ticket": ticket, "why": why}
+        said: dict[str, Any] = {"at": self._wall(), **about, "num_bytes": num_bytes, "digest": found}
         with self._lock:
-            if run not in self._receipts:
-                self._receipts[run] = Receipts(self._home / "egress" / run)
-            receipts = self._receipts[run]
-        receipts.write(at=self._wall(), kind=kind, run=run, ticket=ticket, num_bytes=num_bytes, digest=found, why=why)
+            mine = run in self._owned
+            if mine and run not in self._receipts:
+                self._receipts[run] = Receipts(egress / run)
+            receipts = self._receipts.get(run)
+        if mine and receipts is not None:
+            receipts.write(**said)
+        else:
+            write_apart(egress, **said)

@@ -23,9 +23,10 @@ TRIES, PAUSE_S = 20, 0.5  # for one piece; a link that is away for longer is the
 
 
 class Going:
-    """`rate` in bytes a second; `now` and what `piece` says are seconds of any one clock."""
+    """`rate` in bytes a second; `now` and what `piece` says are seconds of any one clock. `run`: whose it is."""
 
-    def __init__(self, array: Array, rate: float, now: float) -> None:
+    def __init__(self, array: Array, rate: float, now: float, run: str = "") -> None:
+        self.run, self.sent = run, 0  # bytes that a piece was made of; some may not have come
         self._raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy()  # its slot may be another's soon
         self._size, self._rate, self._began = max(LEAST, int(rate * PIECE_S)), rate, now
         self.about = {"num_bytes": self._raw.size, "dtype": array.dtype.str, "digest": digest(self._raw)}
@@ -33,6 +34,7 @@ class Going:
     def piece(self, at: int) -> tuple[Piece, float]:
         """The bytes from an offset on, and when they may go: a piece asked for again has its time still."""
         piece = piece_of(self._raw, at, self._size)
+        self.sent = max(self.sent, at + len(piece.data))
         return piece, self._began + (at + len(piece.data)) / self._rate
 
 

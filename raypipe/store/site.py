@@ -35,6 +35,7 @@ from raypipe.store.measure import What, layer_of, measured_gram, measured_moment
 from raypipe.store.messages import PROTOCOL, Card, Command, Evaluation, Part, Plan, Refusal, Report, Ticket, Verdict
 from raypipe.store.outbox import Outbox, Point, open_outbox
 from raypipe.store.policy import read_policy
+from raypipe.store.processor import machine
 from raypipe.store.ranks import Ranks
 from raypipe.store.runs import tidy
 from raypipe.store.safety import refusal, site_log
@@ -88,8 +89,10 @@ class Site:
         self._opening = Lock()
         self._work = Lock()  # one ticket or evaluation at a time
         self._flags = Lock()
-        self._current: tuple[str, Control] | None = None
+        self._current: tuple[str, Control, str] | None = None  # ticket, its flags, run
+        self._told = ""  # why the store pauses, as it was said last
         self._early: OrderedDict[str, Command] = OrderedDict()
+        self.code = ""  # of a vault: the hash of what is installed there
         tidy(home, wall(), self._log)
 
     def close(self) -> None:
@@ -129,9 +132,11 @@ class Site:
             outbox=waiting,
             key=self._attestor.public,
             head_size=self._attestor.head_size(run) if run else 0,
+            code=self.code,
+            machine=machine(),
         )
-        if run:
-            self._attestor.left("card", run, "", card, "the coordinator asked who this is")
+        who = "the coordinator" if run else "somebody, for no run,"
+        self._attestor.left("card", run, "", card, f"{who} asked who this is")
         return card
 
     def train(self, ticket: Ticket, plan: Plan, weights: Array, correction: Array | None = None) -> Report:
@@ -145,6 +150,20 @@ class Site:
             self._attestor.left("report", plan.run, ticket.id, report, f"trained from version {report.version}")
             return report
 
+    def left_again(self, run: str, report: Report) -> None:
+        """A report is told to one more who asked. Raises StoreError: it may not leave."""
+        why = f"trained from version {report.version}; asked for once more while it was made"
+        self._attestor.left("report", run, report.ticket, report, why)
+
+    def sent_again(self, run: str, ticket_id: str, part: bytes) -> None:
+        """A part of what was collected is sent once more. Raises StoreError: it may not leave."""
+        self._attestor.said("again", run, ticket_id, part, "asked for once more: it did not come, or came damaged")
+
+    def greets(self, hello: bytes) -> None:
+        """A vault's greeting leaves it."""
+        with suppress(StoreError):  # a full disk: it holds nothing that may not leave
+            self._attestor.said("hello", "", "", hello, "somebody connected")
+
     def _made(self, ticket: Ticket, plan: Plan, weights: Array, outbox: Outbox, correction: Array | None) -> Report:
         limits = self.policy.admit(ticket, plan)
         base = self._attestor.check(ticket, plan, weights)
@@ -155,7 +174,7 @@ class Site:
             limits = replace(limits, budget_s=min(left_s, limits.budget_s or left_s))
         images = self._shelf.images(plan, learner.task, "train")
         data_hash = self._shelf.data(plan.data).content_hash
-        with self._controlled(ticket.id) as control:
+        with self._controlled(ticket.id, plan.run) as control:
             admitted = Admitted(ticket, plan, weights, learner, images, limits, control, base, data_hash, correction)
             return self._judged(admitted) if ticket.judge is not None else self._finished(admitted, outbox)
 
@@ -164,7 +183,7 @@ class Site:
 
         It is whole until its ticket is settled. Raises StoreRefused, StoreSuperseded.
         """
-        outbox = self._asked(ticket_id, run, epoch)
+        run, outbox = self._asked(ticket_id, run, epoch)
         update = outbox.update(ticket_id) if outbox is not None else None
         report = outbox.report(ticket_id) if outbox is not None else None
         if update is None or report is None:
@@ -174,13 +193,13 @@ class Site:
         if most is not None and encoded.nbytes > most:
             raise StoreRefused(f"the update has {encoded.nbytes} bytes, the store's policy allows {most}")
         self._terms.leave(encoded.nbytes)
-        if run:
-            self._attestor.update_left(report, run, how, encoded, f"asked for by the coordinator of epoch {epoch}")
+        asked = f"the coordinator of epoch {epoch}" if epoch else "somebody without an epoch"
+        self._attestor.update_left(report, run, how, encoded, f"asked for by {asked}")
         return encoded
 
     def settle(self, verdict: Verdict) -> None:
         """Forget the update; commit what is kept if it was folded. Settling twice does nothing."""
-        outbox = self._asked(verdict.ticket, verdict.run, verdict.epoch)
+        _, outbox = self._asked(verdict.ticket, verdict.run, verdict.epoch)
         if outbox is not None:
             outbox.settle(verdict.ticket, verdict.version)
 
@@ -193,12 +212,11 @@ class Site:
             learner = self._shelf.learner(plan, weights)
             kept = outbox.kept(key_of(plan)) if outbox is not None and plan.local is not None else None
             begin(learner.model, plan, weights, kept[1] if kept else None)
-            with self._controlled("") as control:
+            with self._controlled("", plan.run) as control:
                 evaluation = self._evaluate(plan, learner, split, control)
         if evaluation is None:
             raise StoreRefused("the evaluation was stopped")
-        if epoch:
-            self._attestor.left("evaluation", plan.run, "", evaluation, f"a version was judged on {split}")
+        self._attestor.left("evaluation", plan.run, "", evaluation, f"a version was judged on {split}")
         return evaluation
 
     def measure(
@@ -231,7 +249,7 @@ class Site:
         learner.model.load(weights if known is None else _completed(learner, weights, known))
         examples = self._shelf.images(plan, learner.task, "train")
         self.policy.may_measure("gram" if layer is None else "statistics", examples.num)
-        with self._controlled("") as control:
+        with self._controlled("", plan.run) as control:
             about = (learner.model, learner.task, examples)
             more = (self._shelf.max_bad_share(plan), lambda: control.stops(self._clock))
             sums = measured_gram(*about, *more) if layer is None else measured_statistics(*about, *layer, *more)
@@ -268,17 +286,24 @@ class Site:
         return self.policy.max_upload_bytes_s
 
     def pausing(self) -> str:
-        """Why what runs now computes nothing; empty when it does, or nothing runs."""
+        """Why what runs now computes nothing; empty when it does, or nothing runs. It is to leave: see receipts.py."""
         with self._flags:
-            return "" if self._current is None else self._current[1].pausing
+            ticket, control, run = self._current or ("", None, "")
+            why = "" if control is None else control.pausing
+            if why and why != self._told:
+                try:
+                    self._attestor.said("pause", run, ticket, why.encode(), "told at each heartbeat until it changes")
+                except StoreError:  # a full disk: it pauses untold
+                    return ""
+            self._told = why
+            return why
 
-    def refusal(self, error: BaseException, method: str, ticket_id: str = "") -> Refusal:
-        """An exception as a message; what may not leave the store goes to its own log."""
+    def refusal(self, error: BaseException, method: str, ticket_id: str = "", run: str = "") -> Refusal:
+        """An exception as a message, which leaves; what may not leave the store goes to its own log."""
         made = refusal(error, self.store, method, self._log, ticket_id)
-        run = next(reversed(self._outboxes), "")  # a process works on one run; else on the last that was spoken of
-        if run and method != "settle":  # a verdict is not answered
-            with suppress(StoreError):  # a full disk: a refusal holds nothing that may not leave
-                self._attestor.left("refusal", run, ticket_id, made, f"{method} was refused or failed")
+        run = run or next(reversed(self._outboxes), "")  # an actor's process works on one run
+        with suppress(StoreError):  # a full disk: a refusal holds nothing that may not leave
+            self._attestor.left("refusal", run, ticket_id, made, f"{method} was refused or failed")
         return made
 
     def _judge_base(self, plan: Plan, learner: Learner, split: str, control: Control) -> Evaluation | None:
@@ -354,21 +379,23 @@ class Site:
         with self._opening:
             if run not in self._outboxes:
                 self._outboxes[run] = open_outbox(self._home, run, self._log, self._point)
+                self._attestor.owns(run)
         if epoch:
             self._outboxes[run].fence(epoch)
         return self._outboxes[run]
 
-    def _asked(self, ticket_id: str, run: str, epoch: int) -> Outbox | None:
-        """The outbox of the run, or the one where the ticket waits."""
+    def _asked(self, ticket_id: str, run: str, epoch: int) -> tuple[str, Outbox | None]:
+        """The run and its outbox, or those where the ticket waits."""
         if run:
-            return self._fenced(run, epoch)
-        return next((o for o in list(self._outboxes.values()) if o.report(ticket_id) is not None), None)
+            return run, self._fenced(run, epoch)
+        waits = ((run, o) for run, o in list(self._outboxes.items()) if o.report(ticket_id) is not None)
+        return next(waits, ("", None))
 
     @contextmanager
-    def _controlled(self, ticket_id: str) -> Iterator[Control]:
+    def _controlled(self, ticket_id: str, run: str) -> Iterator[Control]:
         control = Control(self._terms.taken, self._terms.closed)
         with self._flags:
-            self._current = ticket_id, control
+            self._current = ticket_id, control, run
             if early := self._early.pop(ticket_id, None):
                 control.give(early)
         try:

@@ -11,10 +11,12 @@ import logging
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import msgpack
 import numpy as np
 
 from raypipe.errors import ConfigError, RaypipeError, StoreError, StoreRefused
@@ -36,6 +38,16 @@ MAX_TRANSFERS = 2  # in pieces, each way, that are kept to go on with
 
 
 @dataclass
+class Outgoing:
+    """What is fetched in pieces; `sent`: so many bytes of it have been, some of which may not have come."""
+
+    raw: Array
+    run: str
+    ticket: str
+    sent: int = 0
+
+
+@dataclass
 class Vault:
     """What all conversations share. `site` is a raypipe.store.site.Site, `code` the hash of what is installed here."""
 
@@ -47,11 +59,11 @@ class Vault:
     abandon_s: float = 15.0
     pool: Pool = field(default_factory=Pool)
     coming: OrderedDict[str, Incoming] = field(default_factory=OrderedDict)  # by announced hash
-    going: OrderedDict[str, Array] = field(default_factory=OrderedDict)  # the same, outwards
+    going: OrderedDict[str, Outgoing] = field(default_factory=OrderedDict)  # the same, outwards
     jobs: Jobs = field(init=False)
 
     def __post_init__(self) -> None:
-        self.jobs = Jobs(self.site.abandon)
+        self.jobs, self.site.code = Jobs(self.site.abandon), self.code
 
 
 class Conversation:
@@ -102,13 +114,17 @@ class Conversation:
         elif not common:
             problem = f"the vault speaks protocol {msg.SPOKEN[0]} and {msg.SPOKEN[-1]}; update the older side"
         if problem:
-            self.channel.send({"error": problem})
+            self._hello({"error": problem})
             raise StoreError(problem)
         self._protocol = common[-1]
         if body.get("pipe") is True:
             self._inlet = Inlet()
         hello = {"speaks": self._protocol, "store": store, "code": self._vault.code, "pipe": self._inlet is not None}
-        self.channel.send(hello, [self._inlet.writer] if self._inlet else [])
+        self._hello(hello, [self._inlet.writer] if self._inlet else [])
+
+    def _hello(self, body: Body, files: Sequence[int] = ()) -> None:
+        self._site.greets(msgpack.packb(body))
+        self.channel.send(body, files)
 
     def _answer(self, body: Body) -> None:
         verb = body.get("verb")
@@ -120,7 +136,7 @@ class Conversation:
         except (Cut, TimeoutError):
             raise
         except Exception as error:  # noqa: BLE001  the shell: it must not carry private data out
-            refusal = self._site.refusal(error, verb)
+            refusal = self._site.refusal(error, verb, run=_run_of(body))
             self.channel.send({"refusal": msg.encode(refusal, self._protocol)})
             if not isinstance(error, RaypipeError):
                 raise StoreError(f"{type(error).__name__} in {verb}") from None
@@ -131,8 +147,7 @@ class Conversation:
     # -- verbs ----------------------------------------------------------------------------------------------
 
     def _describe(self, body: Body) -> bytes:
-        card = self._site.describe(_text(body, "run"), _number(body, "epoch", 0))
-        return msg.encode(replace(card, code=self._vault.code), self._protocol)
+        return msg.encode(self._site.describe(_text(body, "run"), _number(body, "epoch", 0)), self._protocol)
 
     def _train(self, body: Body) -> bytes:
         key = (_bytes(body, "ticket"), _bytes(body, "plan"))
@@ -141,7 +156,9 @@ class Conversation:
             raise StoreRefused("a ticket bears its coordinator's epoch, from 1 on")
         if (job := self._vault.jobs.joined(key)) is not None:
             self._skip_weights(body)
-            return msg.encode(self._waited(job, joined=True), self._protocol)
+            again = self._waited(job, joined=True)
+            self._site.left_again(plan.run, again)
+            return msg.encode(again, self._protocol)
         self._site.policy.admit(ticket, plan)
         check_plan(plan, self._vault.limits)
         behind = _number(body, "corrected", 0) if "corrected" in body else 0  # floats behind the weights
@@ -180,23 +197,23 @@ class Conversation:
             job = self._job(body, None, "", run)
         else:
             job = self._vault.jobs.add(None, "", lambda: run(None), lambda: None)
-        return self._handed_out(np.ascontiguousarray(self._waited(job), "<f8"))
+        return self._handed_out(np.ascontiguousarray(self._waited(job), "<f8"), plan.run)
 
     def _collect(self, body: Body) -> Body | None:
         ticket, run, epoch = _text(body, "ticket"), _text(body, "run"), _number(body, "epoch", 1)
         if not run:
             raise StoreRefused("an update is collected by its run")
         array = self._site.collect(ticket, check_codecs(body.get("how")), run, epoch)
-        return self._handed_out(array)
+        return self._handed_out(array, run, ticket)
 
-    def _handed_out(self, array: Array) -> Body | None:
+    def _handed_out(self, array: Array, run: str, ticket: str = "") -> Body | None:
         """What is to be fetched, or in memory that goes with the answer; then that is sent here."""
         self._vault.budget.spend(upload_bytes=array.nbytes)
         about: Body = {"num_bytes": array.nbytes, "dtype": array.dtype.str}
         if self._inlet is None:
             raw = array.reshape(-1).view(np.uint8).copy()
             about["digest"] = digest(raw)
-            _keep(self._vault.going, about["digest"], raw)
+            _keep(self._vault.going, about["digest"], Outgoing(raw, run, ticket))
             return about
         about["new"] = self._outlet is None or self._outlet.data.size != array.nbytes
         if self._outlet is None or about["new"]:
@@ -286,10 +303,13 @@ class Conversation:
 
     def _pull(self, body: Body) -> None:
         """The pieces of what was collected, from an offset on."""
-        raw = self._vault.going.get(_text(body, "digest"))
-        if raw is None:
+        going, at = self._vault.going.get(_text(body, "digest")), _number(body, "at", 0)
+        if going is None:
             raise StoreRefused("it is kept no longer; collect it again")
-        for piece in pieces(raw, _number(body, "at", 0)):
+        if at < going.sent:
+            self._site.sent_again(going.run, going.ticket, going.raw[at : going.sent].tobytes())
+        for piece in pieces(going.raw, at):
+            going.sent = max(going.sent, piece.at + len(piece.data))
             self.channel.send({"at": piece.at, "data": piece.data, "check": piece.check})
 
 
@@ -298,6 +318,18 @@ def _keep(table: OrderedDict[str, Any], name: str, value: Any) -> None:
     table.move_to_end(name)
     while len(table) > MAX_TRANSFERS:
         table.popitem(last=False)
+
+
+def _run_of(body: Body) -> str:
+    """That it is about, as far as can be told."""
+    if isinstance(run := body.get("run"), str):
+        return run
+    with suppress(StoreError):
+        if isinstance(raw := body.get("plan"), bytes):
+            return msg.expect(msg.Plan, raw).run
+        if isinstance(raw := body.get("verdict"), bytes):
+            return msg.expect(msg.Verdict, raw).run
+    return ""
 
 
 def _text(body: Body, name: str) -> str:
