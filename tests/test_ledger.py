@@ -26,10 +26,11 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from raypipe.coordinator.notary import MOST as MOST_HEADS
 from raypipe.errors import ConfigError, RunError, StoreError, StoreRefused, UpdateRejected
 from raypipe.ledger import entries, heads
 from raypipe.ledger.audit import Finding
-from raypipe.ledger.chain import Ledger
+from raypipe.ledger.chain import JOIN_LEAVES, MOST_LEAVES, Ledger
 from raypipe.ledger.commands import add_parsers
 from raypipe.ledger.entries import Body, Entry, plain
 from raypipe.ledger.evidence import evidence
@@ -54,8 +55,10 @@ from raypipe.ledger.roster import (
 from raypipe.ledger.tree import Tree, verify_consistency, verify_inclusion
 from raypipe.ledger.verify import Findings, Saved, read_saved, verify
 from raypipe.ledger.witness import Witness
+from raypipe.store.messages import Ticket, encode
 from raypipe.tracking.journal import Journal, Record
 from raypipe.tracking.records import Kind
+from raypipe.vault.frames import MAX_FRAME
 
 RUN = "shelf-1"
 STORES = ["north", "south"]
@@ -769,6 +772,19 @@ def test_leaves_that_are_not_those_of_the_head_are_refused_and_no_liar_frames_th
     told = json.loads(lines[0])
     path.write_bytes(heads.leaves_line(0, bytes(len(told["leaves"]) // 2)) + b"".join(lines[1:]))
     assert going_on.verify(read_saved(path)).ok, "leaves that no signed root is of say nothing"
+
+
+def test_the_leaves_of_all_proofs_fit_into_a_vaults_frame(tmp_path: Path) -> None:
+    made = Federation(tmp_path)
+    made.begin()
+    for number in range(1000, 1000 + 3 * JOIN_LEAVES):
+        made.say(entries.Refused("north", str(number), "late"))
+    size = made.ledger.seal(at=made.at).size
+    assert made.ledger.base_proof(0)["leaves"] == made.ledger.base_proof(0, size - MOST_LEAVES - 1)["leaves"] == ""
+    proofs = [made.ledger.base_proof(0, size - MOST_LEAVES)] * MOST_HEADS
+    first = {**made.ledger.base_proof(0), "leaves": "0" * 64 * JOIN_LEAVES}
+    ticket = Ticket("t", "north", 1, 0, 0, (0.0, 0.0), base=(first, *proofs))
+    assert len(encode(ticket)) + 250_000 < MAX_FRAME
 
 
 def test_a_store_that_was_told_no_leaves_keeps_heads_alone(going_on: Federation) -> None:

@@ -37,7 +37,9 @@ from raypipe.ledger.lines import FILE, Line, read_lines
 from raypipe.ledger.tree import Tree
 from raypipe.security.files import sync_folder
 
-MOST_LEAVES = 2048  # in a proof: 128 kB; who has been away for longer, or joins so late, goes without
+# In a proof from the first entry on: 128 kB; in another: who misses more entries goes without. A ticket brings up to 17
+# proofs, one of them from the first, and has to fit into a vault's frame with a plan of 10,000 class names.
+JOIN_LEAVES, MOST_LEAVES = 2048, 512
 
 
 class LedgerBusy(RunError):
@@ -207,9 +209,13 @@ class Ledger:
                 "entry": json.loads(raw)["entry"],
                 "inclusion": [step.hex() for step in self._tree.inclusion(place.index, head.size)],
                 "consistency": [step.hex() for step in self._tree.consistency(since, head.size)] if since else [],
-                "leaves": "" if head.size - since > MOST_LEAVES else self._tree.leaves(since, head.size).hex(),
+                "leaves": self._leaves(since, head.size),
             }
             return proof
+
+    def _leaves(self, since: int, size: int) -> str:
+        most = MOST_LEAVES if since else JOIN_LEAVES
+        return "" if size - since > most else self._tree.leaves(since, size).hex()
 
     def close(self) -> None:
         """Idempotent; what was not sealed is gone."""
