@@ -772,6 +772,10 @@ def test_leaves_that_are_not_those_of_the_head_are_refused_and_no_liar_frames_th
     told = json.loads(lines[0])
     path.write_bytes(heads.leaves_line(0, bytes(len(told["leaves"]) // 2)) + b"".join(lines[1:]))
     assert going_on.verify(read_saved(path)).ok, "leaves that no signed root is of say nothing"
+    going_on.ledger.close()
+    forged = rewritten(going_on, heavier, tmp_path / "forged")
+    assert "forked: it or one up to" in lines_of(forged.verify(read_saved(path)))
+    assert "forked: it is not what" in lines_of(forged.verify(read_saved(going_on.heads_of("north"))))
 
 
 def test_the_leaves_of_all_proofs_fit_into_a_vaults_frame(tmp_path: Path) -> None:
