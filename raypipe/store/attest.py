@@ -142,7 +142,7 @@ class Attestor:
 
     def sums_left(self, what: str, run: str, sums: Array) -> None:
         """A receipt for sums over the training split."""
-        self._write("sums", run, "", sums.nbytes, digest(sums), f"{what} were asked for before the first version")
+        self._write("sums", run, "", sums.nbytes, digest(sums), f"sums over the training split were asked for: {what}")
 
     def close(self) -> None:
         """Idempotent."""
