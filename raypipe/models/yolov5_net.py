@@ -19,6 +19,7 @@ STRIDES = (8, 16, 32)
 BALANCE = (4.0, 1.0, 0.4)  # of the object loss: small objects are many and hard
 LEAST_SIDE = 1e-3  # strides, added in the loss: of a box without height the ratio of sides has no gradient
 USUAL_SIZE, USUAL_OBJECTS, USUAL_CLASS = 640, 8, 0.6  # the priors: so many objects in such an image
+SEEN = 0.05  # chance of an object of a class that nobody labelled from which a place is no background: see `_others`
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ class Detect(nn.Module):
 class Yolov5(nn.Module):
     """See yolov5.py. `model.24` is the head; the parts without parameters have their numbers too."""
 
-    restricts = True  # `loss` takes `among`
+    restricts = True  # `loss` takes `among` and `seen`
 
     def __init__(
         self,
@@ -191,20 +192,30 @@ class Yolov5(nn.Module):
             flat.append(torch.cat((centre, sides, share[..., 4:]), -1).flatten(1, 3))
         return torch.cat(flat, 1)
 
-    def loss(self, images: Tensor, targets: Tensor, among: Sequence[int] | None = None) -> Tensor:
-        """Box, object and class loss together, a scalar. `among`: the class loss is over these classes alone."""
+    def loss(
+        self, images: Tensor, targets: Tensor, among: Sequence[int] | None = None, seen: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Box, object and class loss together, a scalar.
+
+        `among`: the only classes whose boxes are labelled; the class loss is over these alone. `seen`: what another
+        model's `raw` has of the same images; where that sees an object of another class its word stands.
+        """
         maps = self.raw(images)
-        chosen = None if among is None else torch.tensor(among, device=images.device)
+        chosen = None if among is None else torch.tensor(among, dtype=torch.long, device=images.device)
         with full_precision(images.device):
-            parts = [self._level(level, found.float(), targets, chosen) for level, found in enumerate(maps)]
+            others = [None] * len(maps) if chosen is None or seen is None else [_others(s, chosen) for s in seen]
+            parts = [self._level(n, found.float(), targets, chosen, others[n]) for n, found in enumerate(maps)]
             box, objects, classes = (torch.stack(part).sum() for part in zip(*parts, strict=True))
             gains = self._gains
             return gains.box * box + gains.objects * objects + gains.classes * classes
 
-    def _level(self, level: int, found: Tensor, targets: Tensor, among: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _level(
+        self, level: int, found: Tensor, targets: Tensor, among: Tensor | None, others: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """A box is the business of each anchor of like sides, in its own cell and in the two nearest ones."""
         anchors, (height, width) = self.head.anchors[level], found.shape[2:4]
         wanted = found.new_zeros(found.shape[:4])
+        boxed = torch.zeros_like(wanted, dtype=torch.bool)
         box = classes = found.sum() * 0.0
         owners, cells, target = self._matches(anchors, (height, width), targets, STRIDES[level])
         if len(target):
@@ -216,6 +227,7 @@ class Yolov5(nn.Module):
             off = complete_box_iou_loss(_corners(centre, sides), _corners(true_centre, true_sides))
             box = off.mean()
             place = ((image * anchors.shape[0] + anchor) * height + cells[:, 1]) * width + cells[:, 0]
+            boxed.view(-1)[place] = True
             quality = (1 - off.detach()).clamp(0)
             wanted.view(-1).scatter_reduce_(0, place, quality, "amax")  # of two boxes on one place the better counts
             if self.num_classes > 1:
@@ -224,6 +236,8 @@ class Yolov5(nn.Module):
                 if among is not None:
                     guess, label = guess.index_select(1, among), label.index_select(1, among)
                 classes = functional.binary_cross_entropy_with_logits(guess, label)
+        if others is not None:
+            wanted = torch.where(boxed, wanted, others)
         objects = functional.binary_cross_entropy_with_logits(found[..., 4], wanted)
         return box, BALANCE[level] * objects, classes
 
@@ -251,6 +265,22 @@ class Yolov5(nn.Module):
         chances = found[..., 4:5] * found[..., 5:]
         corners = _corners(found[..., :2], found[..., 2:4])
         return [boxes_of(c, p, score, overlap, most) for c, p in zip(corners, chances, strict=True)]
+
+
+def _others(found: Tensor, among: Tensor) -> Tensor:
+    """How sure a model is of an object (n, anchors, height, width) where it sees a class that is not labelled; else 0.
+
+    Where there is no box nobody has said what is there: as background it would be unlearned at each store that cannot
+    label it. Missing annotations by the model's own word: background recalibration, Zhang et al. 2020,
+    arXiv:2002.05274; the word of the model before, so that it is kept: Shmelkov et al. 2017, arXiv:1708.06977. Here it
+    is that of the version that a ticket began with: at first such a place teaches nothing, and then not to drift.
+    """
+    found = found.float()
+    chances = found[..., 5:].sigmoid()
+    labelled = torch.zeros(chances.shape[-1], dtype=torch.bool, device=found.device).index_fill(0, among, True)
+    theirs, own = chances.masked_fill(labelled, 0).amax(-1), chances.masked_fill(~labelled, 0).amax(-1)
+    sure = found[..., 4].sigmoid()
+    return sure * ((theirs > own) & (sure * theirs > SEEN))
 
 
 def _doubled(x: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def learn(
         slowdown=slowdown,
     )
     learner, control, labelled = asked.learner, asked.control, asked.images.labelled
-    task = learner.task.among(labelled)
+    task = learner.task.among(labelled, learner.model.module)
     base = asked.weights if asked.plan.local is None or ranks is None else learner.model.vector.cpu().numpy()
     with nullcontext() if ranks is None else ranks.ticket(asked.ticket, asked.plan, base) as team:
         outcome = train(learner.model, task, asked.images, optimizer, work, control, clock, team)

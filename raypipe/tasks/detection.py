@@ -52,11 +52,12 @@ def detection(
     """Images are letterboxed into the square of `image_size` pixels.
 
     `merge`: other names that count as a class, e.g. {shoe: [Sandal, Sneaker]}; `unknown`: what a store does with
-    boxes of classes that are not listed. `absent`, `gone`: as in classification.py; but what a store cannot label is
-    background to it where it stands in its images. `mosaic`, `flip`: share of training batches, and of images, so
-    changed; `colour`: how far brightness, contrast and each colour move, at most. `score`, `overlap`: detections below
-    are left out, and of two that overlap more the weaker one, when a version is judged. `score_bins`: to which scores
-    are rounded then; None: 256, or fewer where there are many classes.
+    boxes of classes that are not listed. `absent`, `gone`: as in classification.py. Of a class that a store cannot
+    label nothing is judged there, and nothing taught: where the version that it began with sees one a YOLOv5 goes
+    on to; to other models, whose losses know of none, it is background. `mosaic`, `flip`: share of training batches,
+    and of images, so changed; `colour`: how far brightness, contrast and each colour move, at most. `score`, `overlap`:
+    detections below are left out, and of two that overlap more the weaker one, when a version is judged. `score_bins`:
+    to which scores are rounded then; None: 256, or fewer where there are many classes.
     """
     names = None if isinstance(classes, int) else tuple(classes)
     num = classes if isinstance(classes, int) else len(classes)
@@ -64,17 +65,21 @@ def detection(
 
     places, live = numbering(classes, merge, gone, "detection")
 
-    def step(module: Any, images: Tensor, targets: Tensor, among: Sequence[int] | None = None) -> Tensor:
-        some = {} if among is None or not getattr(module, "restricts", False) else {"among": among}
+    def step(
+        module: Any, images: Tensor, targets: Tensor, among: Sequence[int] | None = None, version: Any = None
+    ) -> Tensor:
+        some: dict[str, Any] = {}
+        if among is not None and getattr(module, "restricts", False):
+            some = {"among": among, "seen": None if version is None else _seen(version, images)}
         loss: Tensor = module.loss(images, targets[targets[:, 6] == 0], **some)
         return loss
 
-    def judge(module: Any, images: Tensor, targets: Tensor) -> dict[str, float]:
+    def judge(module: Any, images: Tensor, targets: Tensor, among: Sequence[int] | None = None) -> dict[str, float]:
         found = module.detect(images, score=score, overlap=overlap, most=MOST)
-        rows, sums = targets.cpu().numpy(), Counter[str]()
+        rows, sums, asked = targets.cpu().numpy(), Counter[str](), live if among is None else among
         for image, seen in enumerate(found):
-            if live is not None:
-                seen = seen[(seen[:, 5:6] == seen.new_tensor(live)).any(1)]
+            if asked is not None:
+                seen = seen[(seen[:, 5:6] == seen.new_tensor(asked)).any(1)]
             sums.update(_judged(seen, rows[rows[:, 0] == image], num_bins))
         return {name: float(value) for name, value in sums.items()}
 
@@ -102,6 +107,13 @@ def detection(
         absent=absent,
         live=live,
     )
+
+
+def _seen(version: Any, images: Tensor) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return version.raw(images)
 
 
 def _no_outputs(*_: Tensor) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -43,9 +44,10 @@ class Boxes:
     image, into which others are letterboxed; 1 where the box is to be ignored.
     """
 
-    # (module, prepared images, targets) -> the mean over the batch; `among`: of these classes alone, by number
+    # (module, prepared images, targets) -> the mean over the batch; `among`: of these classes alone, by number;
+    # `version`: a module as it was at first, by which is known where others stand
     step: Callable[..., Tensor]
-    judge: Callable[[Any, Tensor, Tensor], dict[str, float]]  # the same arguments -> sums by name
+    judge: Callable[..., dict[str, float]]  # the same arguments -> sums by name
     augment: Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]] | None  # of a uint8 batch, to train
 
 
@@ -87,12 +89,17 @@ class Task:
         chosen = tuple(place for place in live if place in known) if some else tuple(live)
         return None if len(chosen) == self.num_outputs else chosen
 
-    def among(self, some: Sequence[int] | None) -> Task:
-        """The same, its loss over some outputs alone."""
+    def among(self, some: Sequence[int] | None, module: Any = None) -> Task:
+        """The same, its loss over some outputs alone; of boxes the judgement too.
+
+        `module`, before it is trained: of boxes a copy tells where others stand, see models/yolov5_net.py.
+        """
         if some is None:
             return self
         if self.boxes is not None:
-            return replace(self, boxes=replace(self.boxes, step=partial(self.boxes.step, among=some)))
+            version = None if module is None or not getattr(module, "restricts", False) else deepcopy(module).eval()
+            step, judge = partial(self.boxes.step, among=some, version=version), partial(self.boxes.judge, among=some)
+            return replace(self, boxes=replace(self.boxes, step=step, judge=judge))
         from raypipe.tasks.criteria import among
 
         return replace(self, loss=among(self.loss, some, self.num_outputs))
