@@ -2,24 +2,28 @@
 
 Both are additive, so nothing is trained and nobody's order counts; each store uploads once. What comes of them is part
 of the run's configuration (the task's `scale`, `class_weights`) and of version 0's weights: so it is in the record, a
-run that is taken up again asks nothing twice, and a run that dies meanwhile begins anew.
+run that is taken up again asks nothing twice, and a run that dies meanwhile begins anew. The sums for a head are kept,
+so that `forget` can make that head again without a store.
 
 With run.py, compose.py and cli.py one of the files that know all rooms.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from raypipe.config.schema import RunConfig
 from raypipe.coordinator.asking import Answers, Question
-from raypipe.errors import RunError
+from raypipe.errors import ConfigError, RunError
 from raypipe.placement.homes import raypipe_home
 from raypipe.run import initial_of, policy_of
 from raypipe.store.code import code_hash
@@ -27,9 +31,10 @@ from raypipe.store.messages import Plan, encode
 from raypipe.tasks import tasks
 from raypipe.types import Layout
 
+if TYPE_CHECKING:
+    from raypipe.tracking.sums import Head
+
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
-
-
 Ask: TypeAlias = Callable[[RunConfig, Question], Awaitable[Answers]]
 
 
@@ -61,13 +66,13 @@ async def prepare(config: dict[str, Any], run: str, home: str | None, ask: Ask) 
         prepared.asked.append(_fact("moments", answers, 0))
     if said.closed_form is not None:
         said = RunConfig.model_validate(prepared.config)
-        await _closed_form(said, run, prepared, ask)
+        await _closed_form(said, run, folder, prepared, ask)
     return prepared
 
 
-async def _closed_form(said: RunConfig, run: str, prepared: Prepared, ask: Ask) -> None:
-    from raypipe.aggregation.closed_form import Gram
+async def _closed_form(said: RunConfig, run: str, folder: Path, prepared: Prepared, ask: Ask) -> None:
     from raypipe.models.flat import with_head
+    from raypipe.tracking.sums import Head, save_sums
 
     assert said.closed_form is not None
     task = tasks.build(said.task)
@@ -79,16 +84,55 @@ async def _closed_form(said: RunConfig, run: str, prepared: Prepared, ask: Ask) 
     began = time.monotonic()
     answers = await ask(said, _question(said, _plan(said, run, layout), vector, "gram"))
     place, width = _head(said, task)
-    total = Gram.zero(width, task.num_outputs)
-    for _, sums in sorted(answers.sums.items()):  # equal answers give equal bits
-        total = total + Gram.unpacked(sums, width, task.num_outputs)
-    head = total.solve(said.closed_form)
-    prepared.start = with_head(layout, vector, place, head)
+    head = Head(place, width, task.num_outputs, said.closed_form)
+    solved, num_examples = _solved(answers.sums, head)
+    prepared.start = with_head(layout, vector, place, solved)
+    save_sums(folder, answers.sums, head)
     fact = _fact("gram", answers, vector.nbytes) | {
-        "examples": int(total.num_examples),
+        "examples": num_examples,
         "seconds": time.monotonic() - began,
     }
     prepared.asked.append(fact)
+
+
+def _solved(sums: Mapping[str, Array], head: Head) -> tuple[Array, int]:
+    """The head (width + 1, outputs) of all these stores' sums, and of how many examples it is."""
+    from raypipe.aggregation.closed_form import Gram
+
+    total = Gram.zero(head.width, head.num_outputs)
+    for _, own in sorted(sums.items()):  # equal answers give equal bits
+        total = total + Gram.unpacked(own, head.width, head.num_outputs)
+    return total.solve(head.ridge), int(total.num_examples)
+
+
+def forget(run_dir: Path, stores: Sequence[str], out: Path) -> tuple[list[str], int]:
+    """Version 0 of a run as if these stores had never been asked, into a new file; their sums are deleted.
+
+    Who is left, and their examples. Equal to the bit to what a run without them begins with: the others' sums are the
+    same, and their order too. Raises ConfigError: no sums are kept, none of such a store, or the file is there.
+    """
+    from raypipe.models.flat import with_head
+    from raypipe.models.tensors import state_dict_from, vector_from
+    from raypipe.tracking.lineage import read_history
+    from raypipe.tracking.sums import read_sums, save_sums, without
+    from raypipe.tracking.versions import FOLDER, HEADER, VersionStore
+
+    sums, head = read_sums(run_dir)
+    left = without(sums, stores)
+    if out.exists():
+        raise ConfigError(f"{out} is there already: name another file")
+    history = read_history(run_dir)
+    layout = Layout.from_json(history.run()["layout"])
+    first = vector_from(layout, VersionStore(run_dir / FOLDER).read(0, history.file_hash(0)))
+    solved, num_examples = _solved(left, head)
+    vector = with_head(layout, first, head.name, solved)
+    card = history.card(0) | {"without": sorted({*stores})}
+    try:
+        save_file(state_dict_from(layout, vector), out, metadata={HEADER: json.dumps(card, sort_keys=True)})
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out} could not be written: {str(error).splitlines()[0]}") from None
+    save_sums(run_dir, left, head)
+    return sorted(left), num_examples
 
 
 def _head(said: RunConfig, task: Any) -> tuple[str, int]:

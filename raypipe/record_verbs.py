@@ -1,4 +1,4 @@
-"""Console verbs about runs' records: compare, replay, backup, restore. Thin; see cli.py."""
+"""Console verbs about runs' records: compare, replay, backup, restore, forget. Thin; see cli.py."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ def add(verb: Verb) -> None:
     saved.add_argument("target", metavar="FILE", type=Path, help="a new file, or a folder for RUN.tar")
     restored = verb("restore", _restore, "put a run back from a backup; then: raypipe train --resume RUN")
     restored.add_argument("file", metavar="FILE", type=Path)
+    forgotten = verb("forget", _forget, "make a run's closed-form head again without a store; its sums are deleted")
+    forgotten.add_argument("which", metavar="RUN", help="a run's id, or 'last'")
+    forgotten.add_argument("stores", metavar="STORE", nargs="+")
+    forgotten.add_argument("--out", type=Path, metavar="FILE", help="default: RUN-without-STORE.safetensors, here")
 
 
 def _compare(options: argparse.Namespace, console: Console) -> int:
@@ -86,6 +90,22 @@ def _restore(options: argparse.Namespace, console: Console) -> int:
     done = restore(options.file, raypipe_home())
     console.print(f"{done.run} is back, at version {done.version}: {done.path}", highlight=False, soft_wrap=True)
     console.print(f"next: raypipe train --resume {done.run}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _forget(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.prelude import forget
+    from raypipe.tracking.book import run_folder
+    from raypipe.tracking.lineage import read_history
+
+    folder = run_folder(options.which)
+    out = options.out or Path(f"{folder.name}-without-{'-'.join(options.stores)}.safetensors")
+    left, num_examples = forget(folder, options.stores, out)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say(f"{out}: the head of {num_examples:,} examples at {', '.join(left)}")
+    if max(read_history(folder).versions, default=0) > 0:
+        say("later versions of the run were trained with who is forgotten, and stay as they are; to train without:")
+    say(f"raypipe train CONFIG --set warm_start={out} closed_form=null    # in CONFIG the stores that are left")
     return 0
 
 

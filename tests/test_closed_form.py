@@ -293,3 +293,63 @@ def test_what_was_asked_before_the_first_version_is_asked_once_in_a_run(
     assert np.array_equal(made.read(0), first.start)
     again = asyncio.run(prepare(config, "run", str(tmp_path), answer))
     assert (asked, again.start, again.config["task"]) == (["gram"], None, config["task"])
+
+
+def test_a_store_is_forgotten_as_if_it_had_never_been_asked(
+    one_label_a_store: tuple[list[Site], Site],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the command, of a run's kept sums; against a run that never had the store."""
+    from raypipe.cli import main
+    from raypipe.compose import compose
+    from raypipe.config.load import to_dict
+    from raypipe.config.schema import RunConfig
+    from raypipe.coordinator.asking import Answers
+    from raypipe.prelude import prepare
+    from raypipe.store.messages import expect
+    from raypipe.tracking.registry import load_weights, predict
+    from raypipe.tracking.sums import FILE
+
+    monkeypatch.setenv("RAYPIPE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    sites = {site.store: site for site in one_label_a_store[0][:4]}
+
+    def begun(run: str, stores: list[str], **more: Any) -> np.ndarray:
+        said = {"name": "r", "task": TASK, "model": MODEL, "stores": [{"id": s} for s in stores], **more}
+        config = to_dict(RunConfig.model_validate({**said, "stop": {"max_versions": 1}}))
+
+        async def answer(_: Any, question: Question) -> Answers:
+            plan = expect(Plan, question.plan)
+            return Answers({s: sites[s].measure(plan, question.weights, "gram") for s in stores}, {})
+
+        found = asyncio.run(prepare(config, run, str(tmp_path), answer))
+        made = compose(found.config, run, home=str(tmp_path), put=lambda v: v, start=found.start, asked=found.asked)
+        made.begin()
+        return made.read(0)
+
+    whole, never = (begun(run, stores, closed_form=0.001) for run, stores in (("r1", [*sites]), ("r2", [*sites][:3])))
+    begun("r3", [*sites])
+    layout = initial(MODEL, 10, 1, 28, 0)[0]
+    assert main(["forget", "r1", "s3"]) == 0
+    out = tmp_path / "r1-without-s3.safetensors"
+    forgotten = load_weights(str(out), layout)
+    assert np.array_equal(forgotten, never), "not only to a millionth"
+    assert np.abs(forgotten - whole).max() > 1e-3
+    image = tmp_path / "one.png"
+    image.write_bytes(encode_png(load_sample().read("test")[0][:1], level=1)[0])
+    assert predict(str(out), [image])[0].label in CLASSES
+    assert "at s0, s1, s2" in capsys.readouterr().out
+    assert b"s3" not in (tmp_path / "runs" / "r1" / FILE).read_bytes()
+    for arguments, line in (
+        (["r1", "s3"], "no sums of s3 are kept; there are those of s0, s1, s2"),
+        (["r1", "s2", "--out", str(out)], "is there already: name another file"),
+        (["r1", "s0", "s1", "s2"], "no store would be left"),
+        (["r3", "s1"], "run r3 keeps no sums of its stores: it did not begin with closed_form"),
+        (["r1", "s2", "--out", str(tmp_path / "nowhere" / "x.safetensors")], "could not be written"),
+    ):
+        assert main(["forget", *arguments]) != 0
+        (said,) = capsys.readouterr().err.splitlines()
+        assert line in said
+    assert main(["forget", "r1", "s2"]) == 0, "what failed has deleted nothing"

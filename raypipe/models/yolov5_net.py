@@ -203,7 +203,9 @@ class Yolov5(nn.Module):
         maps = self.raw(images)
         chosen = None if among is None else torch.tensor(among, dtype=torch.long, device=images.device)
         with full_precision(images.device):
-            others = [None] * len(maps) if chosen is None or seen is None else [_others(s, chosen) for s in seen]
+            others: list[Tensor | None] = [None] * len(maps)
+            if chosen is not None and seen is not None:
+                others = [_others(each, chosen) for each in seen]
             parts = [self._level(n, found.float(), targets, chosen, others[n]) for n, found in enumerate(maps)]
             box, objects, classes = (torch.stack(part).sum() for part in zip(*parts, strict=True))
             gains = self._gains
