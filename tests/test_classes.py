@@ -315,6 +315,7 @@ def test_a_class_that_few_stores_know_moves_as_far_as_they_say() -> None:
 def test_what_the_server_remembers_grows_with_the_head(server: str) -> None:
     (old, vector), (new, _) = form(3), form(5)
     model = model_of(old, vector, {"name": server})
+    assert model.average is None, "of nothing yet"
     for seed in (1, 2):
         model.fold([(update_of(old, seed), 1.0, None)])
         model.step(1.0, 1.0)
@@ -332,6 +333,7 @@ def test_what_the_server_remembers_grows_with_the_head(server: str) -> None:
             if name == AVERAGE:
                 expected = row.of(before[name]).mean(1, keepdims=True).repeat(2, 1)
             assert np.allclose(wide.of(value)[:, 3:], expected, atol=1e-6)
+    assert (model.average is None) == (server != "ema")
     saved = {name: value.copy() for name, value in model.state.items()}
     other = model_of(old, vector, {"name": server})
     other.restore(model.vector, saved, new)

@@ -70,8 +70,8 @@ class GlobalModel:
 
     @property
     def average(self) -> np.ndarray | None:
-        """The running average of the versions as a whole vector of its own; None where the transform keeps none."""
-        if AVERAGE not in self._state:
+        """The running average of the versions as a whole vector of its own; None where the transform has none (yet)."""
+        if AVERAGE not in self._state or not self._state["versions"]:
             return None
         return averaged(self._weights, self.layout, self._state[AVERAGE]).numpy()
 
