@@ -15,6 +15,8 @@ stopping='' ended='' again='' insecure='' children=()
 # Nothing on a node is worth a drain of 30 s: a store keeps what it has finished, a coordinator what it has decided.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S-0}
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV=0
+# What has not come after so long Ray asks for again, and all of it is sent again; its own 10 s are too few for a thin line.
+export RAY_object_manager_pull_timeout_ms=${RAY_object_manager_pull_timeout_ms-600000}
 
 say() { echo "$me: $*"; }
 refuse() { # what is wrong and what would be right, in one line

@@ -54,6 +54,7 @@ class Site:
     stores: dict[str, Machine]
     kept: dict[str, subprocess.Popen[str]] = field(default_factory=dict)  # the newest supervisor of each
     opened: tuple[str, ...] = ("--insecure",)
+    health: tuple[str, ...] = (f"--system-config={SYSTEM}",)  # a node that is silent is given up sooner than by default
 
     @property
     def env(self) -> dict[str, str]:
@@ -79,7 +80,7 @@ class Site:
             "--",
             "--include-dashboard=false",
         ]
-        self.kept["head"] = self.run(self.head, "head", *script, f"--system-config={SYSTEM}", *SMALL)
+        self.kept["head"] = self.run(self.head, "head", *script, *self.health, *SMALL)
 
     def keep_store(self, store: str) -> None:
         script = [str(ROOT / "cluster/store-node"), store, "--address", self.address, "--labels", "region=test"]

@@ -33,12 +33,13 @@ from raypipe.config.load import load
 from raypipe.doctor.findings import Seen, findings, stayed
 from raypipe.doctor.probe import Data, Facts
 from raypipe.errors import ConfigError
+from raypipe.placement.book import Book, troubles
 from raypipe.placement.inventory import Machine, open_at, read_machines
-from raypipe.placement.plan import store_options
-from raypipe.placement.provider import STOP, Book, StoreProvider
+from raypipe.placement.plan import missing_advice, store_options
+from raypipe.placement.provider import STOP, StoreProvider
 from raypipe.placement.render import aws_config, kuberay_objects, node_types, render, stores_config
 from raypipe.placement.settings import Settings
-from raypipe.placement.ssh import Login, explain
+from raypipe.placement.ssh import Login, SshError, explain
 from raypipe.security.certs import check_cert, load_cert, make_node, open_authority, standing, still_good, token_of
 from raypipe.security.commands import _pack
 from raypipe.security.files import read_secret, write_secret
@@ -357,6 +358,28 @@ def test_a_book_is_read_by_others_as_it_is_written(tmp_path: Path) -> None:
     assert mine.read()["a-1"]["tags"] == {"x": "1", "y": "2"}
     mine.remove("a-1")
     assert theirs.read() == {}
+
+
+def test_a_node_that_does_not_start_is_told_by_the_coordinator_and_the_doctor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The wrong key's own line, not after the quarter of an hour for which Ray tries; and gone when it starts."""
+    monkeypatch.setenv("RAYPIPE_HOME", str(tmp_path))
+    provider = StoreProvider({"ssh_user": "x", "head_host": "h"}, "c")
+    provider.create_node({"store": "a", "host": "nobody.invalid"}, {"ray-node-type": "worker"}, 1)
+    (node,) = provider.non_terminated_nodes({})
+    runner = provider.get_command_runner("", node, {"ssh_user": "x"}, "c", subprocess, True)
+    for _ in range(2):
+        with pytest.raises(SshError):
+            runner.run("uptime", timeout=10, run_env="host")
+    line = "nobody.invalid: no machine has that name"
+    assert troubles() == {"a": line}
+    assert caplog.messages == [f"{node} does not start: {line}"], "once"
+    assert missing_advice("a", 20, troubles()["a"]) == f"store a: no node offers store:a (for 20 s): {line}"
+    (said,) = [one for one in findings([HEAD], ["a"], False, troubles()) if one.level == "WRONG"]
+    assert said.line == f"store a: its node does not start: {line}"
+    provider.note(node, "")
+    assert troubles() == {}
 
 
 def test_a_closed_store_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

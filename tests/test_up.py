@@ -171,10 +171,10 @@ def _take_turns(hosts: netns.Net, cluster: str) -> None:
         begun = time.time()
         job = subprocess.Popen([*submit, "sh", "-c", then], cwd=ROOT, env=os.environ | shown, stdout=log, stderr=log)
         _no_stranger_gets_in()
-        seen, up = list[str](), dict[str, str]()
+        seen, up = dict[str, float](), dict[str, str]()
         while job.poll() is None:
             before, up = up, nodes(hosts)
-            seen += [node for node in up.values() if node not in seen]
+            seen |= {node: time.time() for node in up.values() if node not in seen}
             gone += [(node, time.time()) for node in before.values() if node not in up.values()]
             assert time.time() < begun + 400, log.name
             time.sleep(0.3)
@@ -183,16 +183,20 @@ def _take_turns(hosts: netns.Net, cluster: str) -> None:
     assert job.returncode == 0, said[-3000:]
     first, second, third = (node.rpartition("-")[0] for node in seen)
     assert first == third != second, seen
-    assert [node for node, _ in gone[:2]] == seen[:2], "idle, it was released while the other had its turn"
+    assert [node for node, _ in gone[:2]] == list(seen)[:2], "idle, it was released while the other had its turn"
     (journal,) = hosts.hosts["head"].home.glob(".raypipe/runs/up-*/journal.sqlite")
     records = list(Journal(journal).read())
     published = {r.body["version"]: r for r in records if r.kind == "version_published"}
     assert [[c["store"] for c in published[n].body["contributions"]] for n in (1, 2, 3)] == [[first], [second], [first]]
     released = {r.body["store"]: r.at for r in records if r.kind == "store_released"}
     asked = [r.at for r in records if r.kind == "store_asked"]
+    joined = [r.at for r in records if r.kind == "store_joined"]
     took = [published[n + 1].at - at for n, at in enumerate(asked[:3])]
     print(f"submitted to its first record: {records[0].at - begun:.0f} s")
-    print("asked for, node up, trained, in a version:", ", ".join(f"{one:.0f} s" for one in took))
+    print("asked for, node up and training, in a version, in seconds (load", f"{os.getloadavg()[0]:.1f}):")
+    for n, (at, chosen, came) in enumerate(zip(asked, seen.values(), joined, strict=False)):
+        print(f"  {chosen - at:.1f} to be wanted by the autoscaler, {came - chosen:.1f} until it joined, ", end="")
+        print(f"{took[n] - came + at:.1f} until it was in a version: {took[n]:.1f}")
     idle = gone[0][1] - min(released.values())
     print(f"idle, released after {idle:.0f} s, {idle - IDLE_S:.0f} s over its idle time")
     assert max(took) < 90  # on a machine that does nothing else: 30

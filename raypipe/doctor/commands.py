@@ -44,6 +44,7 @@ def run_doctor(options: argparse.Namespace, console: Console) -> int:
     from raypipe.doctor.actor import see_all
     from raypipe.doctor.findings import findings
     from raypipe.placement import actor as cluster
+    from raypipe.placement.book import troubles
 
     wanted = [store.id for store in load(options.config, (), lambda _: []).stores] if options.config else []
     cluster.connect(address)
@@ -52,7 +53,8 @@ def run_doctor(options: argparse.Namespace, console: Console) -> int:
         seen = see_all(num_bytes=max(1, int(options.megabytes * 2**20)))
     finally:
         cluster.shut_down()
-    found = [*findings(seen, wanted, loopback=here.startswith("127.")), *_mlflow(os.environ.get("MLFLOW_TRACKING_URI"))]
+    found = findings(seen, wanted, loopback=here.startswith("127."), troubles=troubles())
+    found += _mlflow(os.environ.get("MLFLOW_TRACKING_URI"))
     wrong = [one for one in found if one.level == "WRONG"]
     if options.json:
         said = {"nodes": [dataclasses.asdict(one) for one in seen], "findings": [dataclasses.asdict(f) for f in found]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 from raypipe.doctor.probe import Facts
@@ -56,8 +57,13 @@ def stayed(seen: Sequence[Seen], alive: Collection[str]) -> list[Seen]:
     ]
 
 
-def findings(seen: Sequence[Seen], wanted: Sequence[str], loopback: bool) -> list[Finding]:
-    """Everything, the worst first. `wanted`: stores that a configuration names; `loopback`: nobody else is near."""
+def findings(
+    seen: Sequence[Seen], wanted: Sequence[str], loopback: bool, troubles: Mapping[str, str] = MappingProxyType({})
+) -> list[Finding]:
+    """Everything, the worst first. `wanted`: stores that a configuration names; `loopback`: nobody else is near.
+
+    `troubles`: stores whose node the autoscaler tries to start and cannot, and why.
+    """
     found = [one for node in seen for one in _of_node(node)]
     head = next((one for one in seen if one.is_head), None)
     if head is None:
@@ -66,8 +72,11 @@ def findings(seen: Sequence[Seen], wanted: Sequence[str], loopback: bool) -> lis
         found += [one for node in seen for one in _unlike(node, head)]
     found += [one for node in seen for one in _doors(node, loopback)]
     there = {store: node.address for node in seen for store in node.stores}
-    for store in wanted:
+    for store, trouble in troubles.items():
         if store not in there:
+            found.append(Finding("WRONG", "cluster", f"store {store}: its node does not start: {trouble}"))
+    for store in wanted:
+        if store not in there and store not in troubles:
             found.append(Finding("note", "cluster", f"store {store}: no node; one starts when it is wanted, if it may"))
     return sorted(found, key=lambda one: one.level != "WRONG")
 

@@ -42,7 +42,9 @@ def missing(stores: Sequence[str], offered: Mapping[str, float]) -> list[str]:
     return [store for store in stores if not offered.get(resource(store))]
 
 
-def missing_advice(store: str, waited_s: float) -> str:
-    """Which node is missing, for how long, what to do: one line."""
-    start = f"ray start --address=<head>:6379 --resources='{{\"{resource(store)}\": 1}}'"
-    return f"store {store}: no node offers {resource(store)} (for {waited_s:.0f} s); on its node run: {start}"
+def missing_advice(store: str, waited_s: float, trouble: str = "") -> str:
+    """Which node is missing, for how long, what to do: one line. `trouble`: why the autoscaler cannot start it."""
+    what = f"store {store}: no node offers {resource(store)} (for {waited_s:.0f} s)"
+    if trouble:
+        return f"{what}: {trouble}"
+    return f"{what}; on its node run: ray start --address=<head>:6379 --resources='{{\"{resource(store)}\": 1}}'"

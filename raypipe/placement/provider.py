@@ -11,18 +11,13 @@ never used twice, since Ray's autoscaler takes a node that is back under an old 
 
 from __future__ import annotations
 
-import copy
-import fcntl
 import json
 import logging
-import os
 import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +27,7 @@ from ray.autoscaler.node_launch_exception import NodeLaunchException
 from ray.autoscaler.node_provider import NodeProvider
 from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND
 
-from raypipe.placement.homes import raypipe_home
+from raypipe.placement.book import Book, books
 from raypipe.placement.inventory import open_at
 from raypipe.placement.ssh import Login, SshError, options, run
 
@@ -40,6 +35,7 @@ log = logging.getLogger(__name__)
 
 HEAD_KEY = "~/ray_bootstrap_key.pem"  # where `ray up` puts the key with which the head reaches the stores
 AT_ONCE = 32
+FAILED = "`ray start` failed there: monitor.out, among Ray's logs on the head, has what it said"
 # The processes of one Ray node: those with its id in their environment, and all that they started, since some put
 # their title where their environment was. Five seconds to end by themselves.
 STOP = r"""
@@ -64,7 +60,7 @@ class StoreProvider(NodeProvider):
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
         super().__init__(provider_config, cluster_name)
         self._on_head = bool(provider_config.get("head"))  # put there by `prepare_for_head_node`
-        self._book = Book(raypipe_home() / "cluster" / f"{cluster_name}.json")
+        self._book = Book(books() / f"{cluster_name}.json")
         self._login = Login(provider_config["ssh_user"], provider_config.get("ssh_private_key"))
         self._ended: set[str] = set()
         if self._on_head:
@@ -164,6 +160,11 @@ class StoreProvider(NodeProvider):
         """The same: all machines are in one private network."""
         return self.external_ip(node_id)
 
+    def note(self, node_id: str, trouble: str) -> None:
+        """Why a node does not come, for the coordinator and the doctor to say; "" when it does."""
+        if self._book.note(node_id, trouble) and trouble:
+            log.warning("%s does not start: %s", node_id, trouble)
+
     def terminate_node(self, node_id: str) -> None:
         """Stop Ray there. A machine that does not answer is let go: its Ray ends itself a minute after its head."""
         one = self._book.read().get(node_id)
@@ -219,13 +220,23 @@ class CheckedRunner(SSHCommandRunner):
     def run(self, cmd: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """What an earlier start of this very node has left is ended first: it holds the ports.
 
-        `ray start` gives up after half a minute, and leaves what it has started.
+        `ray start` gives up after half a minute, and leaves what it has started. Ray tries `uptime` for a quarter of
+        an hour and says why not in a log of its own.
         """
-        if cmd and "ray start" in cmd:
-            self._set_ssh_ip_if_required()
-            command = STOP.format(node=shlex.quote(self.node_id))
-            run(Login(self.ssh_user, self.ssh_private_key), str(self.ssh_ip), command)
-        return super().run(cmd, *args, **kwargs)
+        self._set_ssh_ip_if_required()
+        login, host = Login(self.ssh_user, self.ssh_private_key), str(self.ssh_ip)
+        try:
+            if cmd == "uptime":
+                return run(login, host, cmd)
+            if not cmd or "ray start" not in cmd:
+                return super().run(cmd, *args, **kwargs)
+            run(login, host, STOP.format(node=shlex.quote(self.node_id)))
+            said = super().run(cmd, *args, **kwargs)
+        except Exception as error:
+            self.provider.note(self.node_id, str(error) if isinstance(error, SshError) else f"{host}: {FAILED}")
+            raise
+        self.provider.note(self.node_id, "")
+        return said
 
     def run_rsync_up(self, source: str, target: str, options: dict[str, Any] | None = None) -> None:
         """A file, or what a folder holds, readable by its owner alone."""
@@ -249,49 +260,3 @@ def _wake(store: str, command: str) -> None:
     done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
     if done.returncode:
         log.warning("%s: `%s` failed with code %d", store, command, done.returncode)
-
-
-class Book:
-    """Nodes by id: host and tags. Read and written by several threads and processes, whole or not at all."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._cached: tuple[tuple[int, int], dict[str, dict[str, Any]]] = (0, 0), {}
-
-    def read(self) -> dict[str, dict[str, Any]]:
-        """As it is now; not to be changed. The autoscaler asks twice for each node, every few seconds."""
-        try:
-            found = self._path.stat()
-            stamp = found.st_ino, found.st_mtime_ns
-            if stamp != self._cached[0]:
-                self._cached = stamp, json.loads(self._path.read_text())
-        except FileNotFoundError:
-            return {}
-        return self._cached[1]
-
-    def put(self, *, node: str, host: str, tags: dict[str, str]) -> None:
-        """Add or replace one."""
-        with self._change() as book:
-            book[node] = {"host": host, "tags": dict(tags)}
-
-    def tag(self, node: str, tags: dict[str, str]) -> None:
-        """Change some of its tags, if it is there."""
-        with self._change() as book:
-            if node in book:
-                book[node]["tags"] |= tags
-
-    def remove(self, node: str) -> None:
-        """Take one out."""
-        with self._change() as book:
-            book.pop(node, None)
-
-    @contextmanager
-    def _change(self) -> Iterator[dict[str, dict[str, Any]]]:
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with self._path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            book = copy.deepcopy(self.read())
-            yield book
-            part = self._path.with_suffix(".part")
-            part.write_text(json.dumps(book, indent=1))
-            os.replace(part, self._path)

@@ -34,6 +34,9 @@ NODE_PORTS = {
 }
 HEAD_PORTS = {"port": 6379, "ray-client-server-port": 10001, "dashboard-port": 8265}
 TLS = "~/.raypipe/tls"
+# What has not come after so long Ray asks for again, and all of it is sent again, also where it is on its way. Its own
+# 10 s are less than a model takes over a thin line.
+PULL_S = 600
 LOOK_S = 2  # how often the autoscaler looks; four looks lie between a store that is wanted and its node
 # A machine's own address is the one by which ssh came, so that a name in `stores.csv` will do.
 SSH_CAME_TO = "$(echo $SSH_CONNECTION | cut -d' ' -f3)"
@@ -73,6 +76,7 @@ def environment(settings: Settings, tls: str = TLS) -> dict[str, str]:
         "RAY_TLS_SERVER_KEY": f"{tls}/node.key",
         "RAY_TLS_CA_CERT": f"{tls}/ca.crt",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_object_manager_pull_timeout_ms": str(PULL_S * 1000),
         "PATH": f"{settings.venv}/bin:$PATH",
     }
 

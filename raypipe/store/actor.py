@@ -33,6 +33,7 @@ from raypipe.config.schema import Store, Transport
 from raypipe.errors import StoreError, StoreRefused, StoreSuperseded, StoreUnreachable
 from raypipe.ledger.keys import digest
 from raypipe.ledger.receipts import write_apart
+from raypipe.placement.book import troubles
 from raypipe.placement.homes import stores_home
 from raypipe.placement.plan import missing, missing_advice, store_options
 from raypipe.store import messages as msg
@@ -409,7 +410,7 @@ class StoreClient:
     def waiting_for(self, waited_s: float) -> str:
         """Why `join` takes so long, and what to do about it: one line."""
         if missing([self.store.id], ray.cluster_resources()):
-            return missing_advice(self.store.id, waited_s)
+            return missing_advice(self.store.id, waited_s, troubles().get(self.store.id, ""))
         wants = f"{self.store.cpus:g} CPU and {self.store.gpus:g} GPU"
         return f"store {self.store.id}: its node is there but busy or starting (for {waited_s:.0f} s); it needs {wants}"
 
