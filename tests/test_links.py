@@ -133,10 +133,10 @@ def site() -> Iterator[Locked]:
         for machine in room.machines:
             machine.on()
         made.keep_head()
-        made.until(lambda: "Ray runtime started" in made.log("head"), 200, "a head")
+        made.until(lambda: "Ray runtime started" in made.log("head"), 300, "a head")
         for store in STORES:
             made.keep_store(store)
-            made.until(lambda store=store: "runtime started" in made.log(store), 200, f"a node for {store}")
+            made.until(lambda store=store: "runtime started" in made.log(store), 300, f"a node for {store}")
         made.idle_bytes_s = {store: idle(stores[store]) for store in (RATED, THIN)}
         made.run(head, "train", "raypipe", "train", str(folder / "run.yaml"), "--address", made.address)
         made.until(lambda: all(made.by(store) for store in STORES), 400, "versions with all stores")
@@ -222,9 +222,9 @@ def test_a_stranger_with_a_certificate_of_his_own_is_let_in_nowhere(site: Locked
         ports = {
             int(where.rpartition(":")[2]) for where in (line.split()[3] for line in lines) if "127.0.0.1" not in where
         }
-        keys = [str(site.folder / whose / site.stores["west"].ip) for whose in ("strange", "certs")]
+        keys = [str(site.folder / whose / site.stores["east"].ip) for whose in ("strange", "certs")]
         doors += [(machine.ip, port, *keys) for port in sorted(ports)]
-    stranger = site.stores["west"]
+    stranger = site.stores["east"]
     command = ["nsenter", "-t", str(stranger.net.pid), "-n", sys.executable, "-c", KNOCK, json.dumps(doors)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     found = json.loads(subprocess.check_output(command, text=True, env=env))

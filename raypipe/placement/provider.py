@@ -37,7 +37,7 @@ HEAD_KEY = "~/ray_bootstrap_key.pem"  # where `ray up` puts the key with which t
 AT_ONCE = 32
 FAILED = "`ray start` failed there: monitor.out, among Ray's logs on the head, has what it said"
 # The processes of one Ray node: those with its id in their environment, and all that they started, since some put
-# their title where their environment was. Five seconds to end by themselves.
+# their title where their environment was. Five seconds to end by themselves, and five to be ended.
 STOP = r"""
 node={node}
 roots=$(grep -lzxF "RAY_CLOUD_INSTANCE_ID=$node" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3)
@@ -47,10 +47,10 @@ ours=$(cat /proc/[0-9]*/stat 2>/dev/null | sed "s/(.*)/x/" | awk -v roots="$(ech
         do {{ more = 0
              for (p in parent) if (!(p in ours) && parent[p] in ours) {{ ours[p] = 1; more = 1 }} }} while (more)
         for (p in ours) print p }}')
-left() {{ for p in $ours; do kill -0 $p 2>/dev/null && echo $p; done; }}
+left() {{ for p in $ours; do sed -n "s/.*) [^ZX] .*/$p/p" /proc/$p/stat 2>/dev/null; done; }}
+gone() {{ for i in 1 2 3 4 5; do [ -z "$(left)" ] && return; sleep 1; done; [ -z "$(left)" ]; }}
 kill -TERM $ours 2>/dev/null
-for i in 1 2 3 4 5; do [ -z "$(left)" ] && exit 0; sleep 1; done
-kill -KILL $(left) 2>/dev/null; sleep 1; [ -z "$(left)" ]
+gone || {{ kill -KILL $(left) 2>/dev/null; gone; }} || {{ echo processes $(left) of $node do not end >&2; false; }}
 """
 
 

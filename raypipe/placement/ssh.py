@@ -94,4 +94,5 @@ def explain(login: Login, host: str, command: str, code: int, said: str, timeout
 
 
 def _short(command: str) -> str:
-    return shlex.quote(command if len(command) < 60 else command[:57] + "...")
+    line = " ".join(command.split())
+    return shlex.quote(line if len(line) < 60 else line[:57] + "...")
