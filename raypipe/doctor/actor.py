@@ -28,6 +28,7 @@ HARMLESS = (
     "/ray.rpc.NodeInfoGcsService/CheckAlive",
     "/ray.rpc.NodeManagerService/GetSystemConfig",
     "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",
+    "/ray.rpc.ReporterService/HealthCheck",  # of each node's agent
     "/ray.rpc.RayletDriver/ClusterInfo",  # Ray Client, which `ray start --head` cannot be told to leave out
 )
 SHUT = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)

@@ -387,24 +387,40 @@ class StoreClient:
 
     async def watch(self, heartbeat_s: float, pauses: Callable[[str], None]) -> tuple[bool, str]:
         """Wait until the store is gone or silent: (is it silent, why). `pauses` is told why it does, "" at the end."""
+        asked: set[asyncio.Future[bool | str]] = set()
+        try:
+            return await self._heard(heartbeat_s, pauses, asked)
+        finally:
+            for question in asked:
+                question.cancel()
+
+    async def _heard(
+        self, heartbeat_s: float, pauses: Callable[[str], None], asked: set[asyncio.Future[bool | str]]
+    ) -> tuple[bool, str]:
+        """Over a link that was away for a while the answer to the first of two questions may be what comes."""
         missed, actor, pausing = 0, self._actor, ""
         while missed < 2:
             await asyncio.sleep(heartbeat_s)
             if actor is not self._actor:
                 return False, "restarted"
-            try:
-                async with asyncio.timeout(heartbeat_s):
-                    well = await actor.heartbeat.remote()
-                if not well:
-                    return False, "its vault does not answer"
-                missed, why = 0, well if isinstance(well, str) else ""
-                if bool(why) != bool(pausing):
-                    pauses(why)
-                pausing = why
-            except TimeoutError:
+            asked.add(asyncio.ensure_future(_answer(actor.heartbeat.remote())))
+            answered, _ = await asyncio.wait(asked, timeout=heartbeat_s, return_when=asyncio.FIRST_COMPLETED)
+            if not answered:
                 missed += 1
+                continue
+            try:
+                well = next(question.result() for question in answered)
             except rex.RayError as error:
                 return False, _why(error)
+            if not well:
+                return False, "its vault does not answer"
+            for question in asked - answered:
+                question.cancel()
+            asked.clear()
+            missed, why = 0, well if isinstance(well, str) else ""
+            if bool(why) != bool(pausing):
+                pauses(why)
+            pausing = why
         return True, f"no heartbeat for {2 * heartbeat_s:.0f} s"
 
     def waiting_for(self, waited_s: float) -> str:
@@ -474,6 +490,10 @@ async def _stay(actor: Any) -> None:
         await asyncio.sleep(ORPHAN_S / 8)
         with suppress(rex.RayError):
             await actor.heartbeat.remote()
+
+
+async def _answer(question: Any) -> bool | str:
+    return cast("bool | str", await question)
 
 
 def _why(error: BaseException) -> str:
