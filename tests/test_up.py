@@ -199,8 +199,9 @@ def _take_turns(hosts: netns.Net, cluster: str) -> None:
         print(f"{took[n] - came + at:.1f} until it was in a version: {took[n]:.1f}")
     idle = gone[0][1] - min(released.values())
     print(f"idle, released after {idle:.0f} s, {idle - IDLE_S:.0f} s over its idle time")
-    assert max(took) < 90  # on a machine that does nothing else: 30
-    assert idle < IDLE_S + 45
+    crowd = max(1.5, os.getloadavg()[0] / (os.cpu_count() or 1) / 2)  # others on this machine
+    assert max(came - at for at, came in zip(asked[:3], joined[:3], strict=True)) < 30 * crowd
+    assert idle < IDLE_S + 30 * crowd
     assert "station" not in on(hosts, "head", "grep -h 'Adding' /tmp/ray/session_latest/logs/monitor.log")
     _no_open_door(_told(said), first)
 
