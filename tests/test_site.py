@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from ray.exceptions import RayActorError
 from torch.nn.functional import cross_entropy
 
+from raypipe.config.schema import Store
 from raypipe.data.sample import encode_png
 from raypipe.data.schema import write_split
 from raypipe.errors import ConfigError, RaypipeError, StoreError
 from raypipe.models import models
 from raypipe.models.flat import flatten, initial, state_dict_from
 from raypipe.placement.plan import store_options
+from raypipe.store.actor import StoreClient
 from raypipe.store.messages import Plan, Ticket, Verdict, encode
 from raypipe.store.optimizers import optimizers
 from raypipe.store.policy import read_policy
@@ -481,3 +486,22 @@ def test_a_share_of_a_gpu_is_that_share_of_its_memory(
     assert (site._device.type, told) == ("cuda" if share else "cpu", share)
     assert store_options("south", 1, gpus)["num_gpus"] == gpus
     site.close()
+
+
+@pytest.mark.parametrize("late_s", [0.13, None])
+def test_a_heartbeat_that_comes_late_over_a_link_that_was_away_is_one(late_s: float | None) -> None:
+    """The first answer comes while the second question, lost with its segments, is not answered any more."""
+
+    async def watched() -> tuple[bool, str]:
+        client = StoreClient(Store(id="a"), "r", 1, "code", "actor")
+        silent = asyncio.get_running_loop().create_future
+        answers = [silent(), silent(), silent()]
+        if late_s is not None:
+            asyncio.get_running_loop().call_later(late_s, answers[0].set_result, True)
+            answers[2].set_exception(RayActorError())
+        client._actor = SimpleNamespace(heartbeat=SimpleNamespace(remote=lambda: answers.pop(0)))
+        return await client.watch(0.06, lambda _: None)
+
+    assert asyncio.run(watched()) == (
+        (True, "no heartbeat for 0 s") if late_s is None else (False, "its process ended")
+    )
