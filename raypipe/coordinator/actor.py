@@ -35,6 +35,7 @@ RETRY_S = 5.0
 FIRST = 1  # the epoch of a run's first coordinator
 DRAIN_S = 30.0  # how long the end waits for MLflow
 T = TypeVar("T")
+FOLLOW_S = 4.0  # after which MLflow begins to be told
 HEARD_S = 10.0  # in which the machine takes up what somebody asks for
 Judged: TypeAlias = tuple[list[dict[str, Any]], dict[str, float], dict[str, float]]  # as `conclude` gives it
 
@@ -74,10 +75,7 @@ class Coordinator:
         made = self._composition = await self._composed()
         shell = made.shell
         await asyncio.to_thread(made.begin)
-        if made.config.track.mlflow:
-            folder, home = str(made.folder), str(made.home)
-            self._follower = MlflowFollower.options(**_beside_me()).remote(folder, None, home, self._mlflow)
-        background = [asyncio.create_task(shell.run_lane())]
+        background = [asyncio.create_task(shell.run_lane()), asyncio.create_task(self._follow(made))]
         try:
             for store in made.config.stores:
                 self._keep(store)
@@ -219,6 +217,16 @@ class Coordinator:
                     raise error
         await running
 
+    async def _follow(self, made: Composition) -> None:
+        """MLflow is told by a process of its own, which takes a core to start: the stores are given work first."""
+        await asyncio.sleep(FOLLOW_S)
+        self._begin_to_follow(made)
+
+    def _begin_to_follow(self, made: Composition) -> None:
+        if made.config.track.mlflow and self._follower is None:
+            folder, home = str(made.folder), str(made.home)
+            self._follower = MlflowFollower.options(**_beside_me()).remote(folder, None, home, self._mlflow)
+
     async def _break_off(self, made: Composition, error: Exception) -> None:
         """The record says that the run failed, if it can still be written."""
         reason = error.message if isinstance(error, RaypipeError) else type(error).__name__
@@ -227,8 +235,8 @@ class Coordinator:
             await asyncio.to_thread(made.shell.record, "run_finished", {**body, "at": time.time()})
             if made.notary is not None:
                 await asyncio.to_thread(made.notary.finish)
-            if self._follower is not None:
-                await self._drain()
+            if made.config.track.mlflow:
+                await self._drain(made)
 
     async def _close(self, made: Composition) -> dict[str, Any]:
         shell, machine, track = made.shell, made.machine, made.config.track
@@ -272,7 +280,7 @@ class Coordinator:
         if made.notary is not None:
             await asyncio.to_thread(made.notary.finish)
         self._phase = "handing the record to MLflow"
-        tracked = await self._drain() if track.mlflow else None
+        tracked = await self._drain(made) if track.mlflow else None
         self._summary = {**final, **finished, "run": self._run, "folder": str(made.folder), "mlflow": tracked}
         self._phase = "over"
         return {**self._summary, "board": made.board.snapshot()}
@@ -288,8 +296,9 @@ class Coordinator:
         task.cancel()
         return None
 
-    async def _drain(self) -> dict[str, Any]:
+    async def _drain(self, made: Composition) -> dict[str, Any]:
         """Give MLflow a while; what it lacks is in the journal and follows later."""
+        self._begin_to_follow(made)
         answer: dict[str, Any] = {"done": False, "where": "", "trouble": ""}
         try:
             async with asyncio.timeout(DRAIN_S + 5):
