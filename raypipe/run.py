@@ -228,11 +228,9 @@ def initial_of(config: RunConfig, task: Task) -> tuple[Layout, Any]:
     shape = (task.num_outputs, task.channels, task.image_size)
     more: dict[str, Any] = {"columns": task.columns, "trained": config.train.trained, "boxes": task.boxes is not None}
     layout, weights = initial(config.model, *shape, config.seed, local=config.train.local, **more)
-    name = config.model["name"]
     if config.train.fix_statistics_from is not None and not layout.moments:
+        name = config.model["name"]
         raise ConfigError(f"train.fix_statistics_from: {name} has no BatchNorm statistics that move; leave it out")
-    if config.evaluate.recalibrate is not None and (not layout.moments or task.table is not None):
-        raise ConfigError(f"evaluate.recalibrate: {name} has no BatchNorm statistics that versions carry; leave it out")
     return layout, weights
 
 

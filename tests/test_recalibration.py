@@ -20,7 +20,7 @@ from raypipe.cli import main
 from raypipe.compose import compose
 from raypipe.coordinator.composition import Composition
 from raypipe.coordinator.recalibration import last_version
-from raypipe.errors import ConfigError, StoreError
+from raypipe.errors import StoreError
 from raypipe.models import build_for
 from raypipe.models.flat import FlatModel
 from raypipe.run import check, load_run
@@ -197,8 +197,9 @@ def test_what_cannot_be_measured_is_refused(home: Path) -> None:
     site.policy = site.policy.model_copy(update={"measures": ["gram"]})
     with pytest.raises(StoreError, match="does not allow to measure 'statistics'"):
         site.measure(plan, vector, "statistics:10:1")
-    with pytest.raises(ConfigError, match=r"evaluate\.recalibrate: small_cnn has no BatchNorm statistics"):
-        check(load_run(ROOT / "configs/sync.yaml", ["evaluate.recalibrate=10"]))
+    assert check(load_run(ROOT / "configs/sync.yaml", ["evaluate.recalibrate=10"])), (
+        "a model without any has none to do"
+    )
 
 
 def test_each_store_counts_by_its_images_and_the_spread_between_stores_counts_too() -> None:
