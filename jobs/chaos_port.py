@@ -24,7 +24,7 @@ from raypipe import compose as composing
 from raypipe.coordinator.composition import Composition
 from raypipe.errors import StoreError
 from raypipe.store import messages as msg
-from raypipe.store.actor import StoreClient
+from raypipe.store.client import StoreClient
 
 FOLDER = "CHAOS_FOLDER"  # of the environment: where it is said what was done, and where the clock's jump is read
 SEED = "CHAOS_SEED"  # of the environment: with the store and the epoch it gives the noise

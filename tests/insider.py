@@ -34,7 +34,7 @@ def main() -> None:
 
     from raypipe.config.schema import Store
     from raypipe.placement.actor import start_local
-    from raypipe.store.actor import StoreClient
+    from raypipe.store.client import StoreClient
 
     start_local(list(BRIEF["homes"]), 4, 2**20)
     try:

@@ -457,7 +457,7 @@ def test_an_actor_that_no_coordinator_speaks_to_ends_itself(case: Case, tmp_path
 @pytest.mark.cluster
 def test_a_store_outlives_its_coordinator_and_is_found_again_even_frozen(cluster: Place) -> None:
     from raypipe.placement.actor import connect, shut_down
-    from raypipe.store.actor import StoreClient
+    from raypipe.store.client import StoreClient
 
     said = RunConfig.model_validate(cluster.config())
     layout, weights = initial(said.model, 10, 1, 28, 0)

@@ -25,7 +25,7 @@ from raypipe.errors import ConfigError, RaypipeError, StoreError
 from raypipe.models import models
 from raypipe.models.flat import flatten, initial, state_dict_from
 from raypipe.placement.plan import store_options
-from raypipe.store.actor import StoreClient
+from raypipe.store.client import StoreClient
 from raypipe.store.messages import Plan, Ticket, Verdict, encode
 from raypipe.store.optimizers import optimizers
 from raypipe.store.policy import read_policy

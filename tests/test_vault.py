@@ -791,8 +791,10 @@ def test_a_site_in_the_actor_is_not_taken_for_the_vault_that_was_asked_for(clust
     from test_cluster import connected
 
     from raypipe.config.schema import Store
+    from raypipe.placement.actor import NAMESPACE
     from raypipe.placement.plan import store_options
-    from raypipe.store.actor import NAMESPACE, StoreActor, StoreClient
+    from raypipe.store.actor import StoreActor
+    from raypipe.store.client import StoreClient
 
     asked, found = (StoreClient(Store(id="shop-3", cpus=0.2), "r", 1, "c0de", way) for way in ("vault", "actor"))
     assert asked._name != found._name, "neither finds the other's actor"

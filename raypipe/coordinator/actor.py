@@ -27,7 +27,7 @@ from raypipe.coordinator.recalibration import last_version
 from raypipe.coordinator.shell import Shell
 from raypipe.coordinator.stages import rehearse
 from raypipe.errors import ConfigError, RaypipeError, RunError, StoreSuperseded
-from raypipe.store.actor import StoreClient
+from raypipe.store.client import StoreClient
 from raypipe.tasks.class_list import Change
 from raypipe.tracking.actor import MlflowFollower
 
