@@ -156,8 +156,8 @@ def coordinator_ms(config: RunConfig, home: Path) -> float:
 async def _drive(made: Any) -> None:
     """What the coordinator's actor does, without its actors."""
     shell = made.shell
-    await asyncio.to_thread(shell.begin)
-    update = np.full(shell.model.layout.update_size, 1e-6, np.float32)
+    await asyncio.to_thread(shell.publisher.begin)
+    update = np.full(shell.publisher.model.layout.update_size, 1e-6, np.float32)
     tasks = [asyncio.create_task(shell.run_lane())]
     for store in made.config.stores:
         port = NoStore(store.id, made.config.data, update)

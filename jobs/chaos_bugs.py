@@ -204,8 +204,8 @@ BUGS = (
     ),
     Bug(
         "a record in the journal before the diary is on the disk",
-        "coordinator/shell.py",
-        "        self._patiently(self.diary.sync)\n",
+        "coordinator/publisher.py",
+        "        self.room.patiently(self.diary.sync)\n",
         "",
         CHAOS + "test_nothing_is_done_before_it_is_written",
     ),

@@ -101,7 +101,7 @@ class Disk:
         self.diary.close()
         self.journal.close()
 
-    # -- writes, in the words of coordinator/shell.py and tracking/book.py ------------------------------------
+    # -- writes, in the words of coordinator/publisher.py and tracking/book.py ----------------------------------
 
     def note(self, event: ev.Event, actions: list[do.Action]) -> None:
         before = self._size() if self.writes + 1 in self.deaths else None

@@ -18,12 +18,14 @@ import numpy as np
 from raypipe.config.load import to_dict
 from raypipe.config.schema import RunConfig
 from raypipe.coordinator.actions import Action, Record
+from raypipe.coordinator.bases import Bases
 from raypipe.coordinator.board import Board
 from raypipe.coordinator.composition import Composition
 from raypipe.coordinator.diary import Diary
 from raypipe.coordinator.events import Tick
 from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.notary import Notary
+from raypipe.coordinator.publisher import Publisher
 from raypipe.coordinator.resume import bring_back
 from raypipe.coordinator.room import when_there_is_room
 from raypipe.coordinator.shell import Shell
@@ -101,37 +103,44 @@ def compose(
     timed = said.pace == "paced" or said.pacing.budget_s is not None
     if epochs is None and said.train.local_steps is None and not timed:
         epochs = 1.0
+    publisher = Publisher(
+        stages=stages,
+        next_stage=next_stage(said),
+        model=model,
+        book=book,
+        diary=diary,
+        board=board,
+        bases=Bases(stages, book, put, varies=model.variates is not None),
+        clock=clock,
+        wall=time.time,
+        notary=notary,
+    )
     shell = Shell(
         run=run,
         seed=said.seed,
         epoch=past.epoch + 1,
-        stages=stages,
-        next_stage=next_stage(said),
         how=said.update,
         max_epochs=epochs,
         max_steps=said.train.local_steps,
-        model=model,
-        book=book,
-        diary=diary,
+        publisher=publisher,
         memory=machine.memory,
-        board=board,
         put=put,
-        clock=clock,
-        wall=time.time,
         notary=notary,
         asks_all=said.pacing.max_active_stores is None,
     )
     body = started(said, run, layout, plan, code, past.epoch + 1, home is None)
-    shell.record("run_started", body | ({"asked": list(asked)} if asked else {}))
-    shell.moved_before(sum(fact["bytes_up"] + fact["bytes_down"] for fact in asked))
+    publisher.record("run_started", body | ({"asked": list(asked)} if asked else {}))
+    publisher.moved_before(sum(fact["bytes_up"] + fact["bytes_down"] for fact in asked))
     if past.again is not None:
-        shell.record("version_withdrawn", {"version": past.again, "reason": "its statistics are measured once more"})
+        publisher.record(
+            "version_withdrawn", {"version": past.again, "reason": "its statistics are measured once more"}
+        )
     for version in past.withdrawn:
-        shell.record("version_withdrawn", {"version": version, "reason": "its weights were lost"})
+        publisher.record("version_withdrawn", {"version": version, "reason": "its weights were lost"})
     shell.owe(first)
     owed = [action for action in first if isinstance(action, Record)]
     when_there_is_room(partial(diary.checkpoint, machine.memory(), owed), **room)
-    begin = partial(shell.resume, past.newest) if again else shell.begin
+    begin = partial(publisher.resume, past.newest) if again else publisher.begin
 
     def read(version: int) -> np.ndarray:
         return book.read(version, stages.at(version).layout)

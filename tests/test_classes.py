@@ -597,16 +597,16 @@ def test_a_run_is_taken_up_in_the_classes_that_it_had(stores: Path, tmp_path: Pa
         folder = home / "runs" / "run"
         asked = ports(stores)
         made = compose(said, "run", home=str(home), put=lambda v: v.copy())
-        record = made.shell.record
+        record = made.shell.publisher.record
 
         def dies(kind: str, body: Any, record: Any = record, stopped: int = stopped) -> None:
             record(kind, body)
             if kind == "version_published" and body["version"] == stopped:
                 raise Gone
 
-        made.shell.record = dies  # type: ignore[method-assign]
+        made.shell.publisher.record = dies  # type: ignore[method-assign]
         _drive(made, asked)
-        made.shell.book._journal.close()
+        made.shell.publisher.book._journal.close()
         for port in asked.values():
             port.site.close()
         back = run(said, home, ports(stores, fresh=False))

@@ -517,7 +517,7 @@ def test_a_detector_learns_over_stores_of_different_look_and_mix(shelves: Path, 
         }
     ).model_dump(mode="json")  # fmt: skip
     made = run(said, tmp_path, {name: SitePort(shelves / name) for name in "ab"}, patience_s=500)
-    past = list(made.shell.book.past())
+    past = list(made.shell.publisher.book.past())
     parts = [part for kind, body in past if kind == "version_published" for part in body["contributions"]]
     hashes = {name: open_data(shelves / name / "data" / "shelves", name="s").content_hash for name in "ab"}
     assert {(part["store"], part["data_hash"]) for part in parts} == set(hashes.items())
@@ -526,4 +526,4 @@ def test_a_detector_learns_over_stores_of_different_look_and_mix(shelves: Path, 
     assert judged[-1]["version"] == 8
     assert judged[-1]["metrics"]["map50"] >= 0.35
     assert all(store["map50"] >= 0.25 for store in judged[-1]["stores"].values())
-    assert made.shell.model.average is not None
+    assert made.shell.publisher.model.average is not None

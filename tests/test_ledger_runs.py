@@ -301,7 +301,7 @@ def faces(stores: Path, tmp_path: Path) -> tuple[TwoFaced, TwoFaced, np.ndarray]
     from raypipe.compose import compose
 
     made = compose(said(ledger={"keep": False}), "plan", home=str(tmp_path / "plan"), put=lambda vector: vector)
-    weights, plan = made.shell.model.vector.copy(), replace(made.plan, run="run")
+    weights, plan = made.shell.publisher.model.vector.copy(), replace(made.plan, run="run")
     one, other = (TwoFaced(tmp_path / f"told-{n}", Site(stores / n), weights, plan) for n in ("a", "b"))
     return one, other, weights
 

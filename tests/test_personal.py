@@ -151,7 +151,7 @@ def test_in_a_run_stores_differ_in_their_own_and_in_nothing_else_and_judge_with_
     ports = {name: SitePort(tmp_path / "stores" / name) for name in NAMES}
     train = {"local_steps": 3, "batch_size": 16, "local": "norms"}
     made = run(config(train=train, track={"mlflow": False}), tmp_path, ports)
-    layout, plan, last = made.shell.model.layout, made.stages.at(2).plan, made.read(2)
+    layout, plan, last = made.shell.publisher.model.layout, made.stages.at(2).plan, made.read(2)
     kept = [ports[name].site._fenced("run", 0).kept(key_of(plan)) for name in NAMES]
     own = [state["own"].numpy() for _, state in filter(None, kept)]
     assert len({values.tobytes() for values in own}) == len(NAMES)

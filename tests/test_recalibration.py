@@ -44,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("trained")
     make(home / "stores")
     made = run(config(**SAID), home, {name: SitePort(home / "stores" / name) for name in NAMES})
-    made.shell.book.close()
+    made.shell.publisher.book.close()
     made.shell.diary.close()
     return home
 
@@ -78,7 +78,7 @@ def measured(made: Composition, ports: dict[str, Any]) -> int:
     try:
         return asyncio.run(last_version(made, ports, best[0], lambda vector: vector.copy()))
     finally:
-        made.shell.book.close()
+        made.shell.publisher.book.close()
         made.shell.diary.close()
         if made.notary is not None:
             made.notary.finish()
@@ -173,7 +173,7 @@ def test_the_running_average_is_a_version_where_it_is_the_best(tmp_path: Path) -
     said |= {"evaluate": {"metric": "loss", "every": 10}, "stop": {"max_versions": 10}, "ledger": {"keep": False}}
     said |= {"train": {"local_steps": 4, "batch_size": 16, "lr": 0.05}}
     ports = {name: SitePort(first / "stores" / name, lie if name == "a" else None) for name in NAMES}
-    average = run(config(**said), first, ports).shell.model.average
+    average = run(config(**said), first, ports).shell.publisher.model.average
     shutil.copytree(first, home)
     made, again = taken_up(home, said)
     assert measured(made, again) == 11

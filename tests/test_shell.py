@@ -200,7 +200,7 @@ def test_weights_are_handed_out_once_a_version_and_let_go(stores: Path, tmp_path
     made = run(config(stop={"max_versions": 4}), tmp_path, {n: SitePort(stores / n) for n in NAMES}, puts)
     assert len(puts) == 5
     assert sorted(made.shell.bases.handles) == [4]
-    assert made.shell._updates == {}
+    assert made.shell.updates.arrived == {}
     assert all(port.site.describe("run").outbox == () for port in made.shell.ports.values()), "every ticket was settled"
 
 
@@ -304,7 +304,7 @@ def test_images_that_cannot_be_read_are_said_once_a_store(cache_bytes: int, stor
 
 def test_bytes_both_ways_are_counted(stores: Path, tmp_path: Path) -> None:
     made = run(config(update=["bfloat16"]), tmp_path, {n: SitePort(stores / n) for n in NAMES})
-    layout = made.shell.model.layout
+    layout = made.shell.publisher.model.layout
     first = records(tmp_path, "version_published")[1]
     assert first["bytes_up"] == 3 * 2 * layout.update_size
     assert first["bytes_down"] == 3 * 4 * layout.size
@@ -382,7 +382,7 @@ def peak_growth(num_stores: int, home: Path) -> tuple[int, int]:
         ledger={"keep": False},
     )
     made = compose(said, "warm", home=str(home / "warm"), put=lambda v: None)  # imports and the first torch calls
-    size, model_bytes = made.shell.model.layout.update_size, made.shell.model.layout.size * 4
+    size, model_bytes = made.shell.publisher.model.layout.update_size, made.shell.publisher.model.layout.size * 4
     update = np.zeros(size, np.float32)
     update += 1e-4  # touched: it counts before, not in the run
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -34,7 +34,7 @@ def composed(home: Path, said: dict[str, Any] | None = None) -> Composition:
 
 
 def ended(made: Composition) -> None:
-    made.shell.book.close()
+    made.shell.publisher.book.close()
     made.shell.diary.close()
 
 

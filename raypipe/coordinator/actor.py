@@ -146,7 +146,7 @@ class Coordinator:
         asked = TypeAdapter(Change).validate_python(change)
         version, newest = made.machine.place(asked, wanted), made.machine.version
         planned = {v: one for v, one in made.machine.changes.items() if v > newest} | {version: asked}
-        await asyncio.to_thread(rehearse, made.stages.at(newest), made.shell.next_stage, planned)
+        await asyncio.to_thread(rehearse, made.stages.at(newest), made.shell.publisher.next_stage, planned)
         last = made.config.stop.max_versions
         if last is not None and version >= last:
             raise ConfigError(f"version {version} is too late for new classes: the run ends with version {last}")
@@ -232,7 +232,7 @@ class Coordinator:
         reason = error.message if isinstance(error, RaypipeError) else type(error).__name__
         body = {"reason": reason, "status": "failed", "versions": made.machine.version, "best_version": None}
         with contextlib.suppress(RunError):
-            await asyncio.to_thread(made.shell.record, "run_finished", {**body, "at": time.time()})
+            await asyncio.to_thread(made.shell.publisher.record, "run_finished", {**body, "at": time.time()})
             if made.notary is not None:
                 await asyncio.to_thread(made.notary.finish)
             if made.config.track.mlflow:
@@ -260,7 +260,7 @@ class Coordinator:
             ports = {s: p for s, p in there.items() if s != made.config.evaluate.central}
             kwargs = {"seed": made.config.seed, "epoch": made.epoch, "first": handles[0], "best": handles[1]}
             kwargs["notary"] = made.notary
-            if (average := shell.model.average) is not None:
+            if (average := shell.publisher.model.average) is not None:
                 kwargs["average"] = ray.put(average)
             plans, alone = (made.stages.at(best), made.stages.at(machine.version)), made.config.evaluate.alone
             kwargs["averaged"] = plans[1].plan
@@ -273,10 +273,10 @@ class Coordinator:
         final = {"best_version": best, "test": test, "table": table, "reason": reason}
         if averaged:
             final["average"] = averaged
-        await asyncio.to_thread(shell.record, "final", final)
+        await asyncio.to_thread(shell.publisher.record, "final", final)
         status = "failed" if failed else "killed" if stopped else "finished"
         finished = {"reason": reason, "status": status, "versions": newest, "best_version": best}
-        await asyncio.to_thread(shell.record, "run_finished", {**finished, "at": time.time()})
+        await asyncio.to_thread(shell.publisher.record, "run_finished", {**finished, "at": time.time()})
         if made.notary is not None:
             await asyncio.to_thread(made.notary.finish)
         self._phase = "handing the record to MLflow"

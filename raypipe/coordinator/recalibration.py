@@ -87,7 +87,7 @@ async def last_version(
     versions = sorted({best, newest}) if order else []
     candidates = [Candidate(v, await asyncio.to_thread(made.read, v)) for v in versions]
     candidates = [one for one in candidates if made.stages.at(one.of or 0) is stage]
-    if (average := shell.model.average) is not None:
+    if (average := shell.publisher.model.average) is not None:
         candidates.append(Candidate(None, average))
     for candidate in candidates:
         about: dict[str, Any] = {"num_images": num_images or 0, "fetchable": fetchable, "judge": central}
@@ -100,7 +100,7 @@ async def last_version(
             than, found = score, measured
     if found is None:
         return best
-    await asyncio.to_thread(shell.add, newest + 1, found, num_images or 0)
+    await asyncio.to_thread(shell.publisher.add, newest + 1, found, num_images or 0)
     return newest + 1
 
 

@@ -38,7 +38,7 @@ def run_folder(run: str, home: Path | None = None) -> Path:
 
 
 class RunBook:
-    """Writes facts and weights; see coordinator/shell.py for who calls what when."""
+    """Writes facts and weights; see coordinator/publisher.py for who calls what when."""
 
     def __init__(self, folder: Path, keep_last: int, keep_every: tuple[int, ...], wall: Callable[[], float]) -> None:
         try:
