@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,30 +26,28 @@ from raypipe.coordinator.events import Tick
 from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.notary import Notary
 from raypipe.coordinator.publisher import Publisher
-from raypipe.coordinator.resume import bring_back
 from raypipe.coordinator.room import when_there_is_room
 from raypipe.coordinator.shell import Shell
-from raypipe.coordinator.stages import Next, Stage, Stages, rehearse
+from raypipe.coordinator.stages import Stages, rehearse
 from raypipe.errors import RunError
 from raypipe.ledger import roster
 from raypipe.models import licence_of
 from raypipe.models.growth import Form
+from raypipe.past import Past, past_of, take_up
 from raypipe.placement.homes import raypipe_home
+from raypipe.plans import first_stage, next_stage, norms_of
 from raypipe.run import classes_of, initial_of, policy_of
 from raypipe.store.code import code_hash
 from raypipe.store.correct import reach
 from raypipe.store.messages import Plan
 from raypipe.store.schedules import schedules
 from raypipe.tasks import tasks
-from raypipe.tasks.class_list import Change, ClassList
 from raypipe.tracking.book import RunBook
 from raypipe.tracking.journal import FILE
 from raypipe.types import Layout
 
 if TYPE_CHECKING:
     from raypipe.aggregation.global_model import GlobalModel
-
-GRACE_S = 60.0  # for the stores to return after the coordinator did
 
 
 def compose(
@@ -75,34 +73,18 @@ def compose(
     if must_exist and not there:
         raise RunError(f"no run named {run!r} on the coordinator's machine, in {folder.parent}")
     model = initial_model(said)
-    layout, stages = model.layout, Stages(first_stage(said, run, model.form))
+    stages = Stages(first_stage(said, run, model.form))
     rehearse(stages.at(0), next_stage(said), classes_of(said)[1])
     every = (said.track.keep_every, said.track.log_model_every)
-    board, diary, code, plan = Board(said.evaluate.metric), Diary(folder), code_hash(), stages.at(0).plan
+    board, diary, code = Board(said.evaluate.metric), Diary(folder), code_hash()
     room: dict[str, Any] = {"folder": folder, "num_bytes": model.vector.nbytes, "say": board.lines.append}
     book = when_there_is_room(partial(RunBook, folder, said.track.keep_last, every, time.time), **room)
-    past = _past(book, board) if there else _Past()
+    past = past_of(book, board) if there else Past()
     board.lines += [line for line in (book.damage, past.other_code(code), licence_of(said.model)) if line]
     again = bool(past.versions)  # else it died before its first version, or is new
-    if start is not None and not again:
-        model.restore(start, model.state)
-    elif said.warm_start and not again:
-        from raypipe.tracking.registry import load_weights
-
-        model.restore(load_weights(said.warm_start, layout), model.state)
-    machine = new_machine(said if past.config is None else RunConfig.model_validate(past.config))
-    first: list[Action] = []
-    if again:
-        first = _take_up(past, machine, diary, book, model, stages, board)
-        machine.policy = policy_of(said)
-    elif said.pacing.max_active_stores is not None:
-        first = machine.handle(Tick(machine.now))  # whom to ask for first
-    clock = _clock(machine.memory().now)
-    notary = _notary(said, place, run, board, demo=home is not None and said.local is not None)
-    epochs = said.train.local_epochs
-    timed = said.pace == "paced" or said.pacing.budget_s is not None
-    if epochs is None and said.train.local_steps is None and not timed:
-        epochs = 1.0
+    if not again:
+        _begin_with(said, model, start)
+    machine, first = _machine(said, past, diary, book, model, stages, board)
     publisher = Publisher(
         stages=stages,
         next_stage=next_stage(said),
@@ -111,32 +93,13 @@ def compose(
         diary=diary,
         board=board,
         bases=Bases(stages, book, put, varies=model.variates is not None),
-        clock=clock,
+        clock=_clock(machine.memory().now),
         wall=time.time,
-        notary=notary,
+        notary=_notary(said, place, run, board, demo=home is not None and said.local is not None),
     )
-    shell = Shell(
-        run=run,
-        seed=said.seed,
-        epoch=past.epoch + 1,
-        how=said.update,
-        max_epochs=epochs,
-        max_steps=said.train.local_steps,
-        publisher=publisher,
-        memory=machine.memory,
-        put=put,
-        notary=notary,
-        asks_all=said.pacing.max_active_stores is None,
-    )
-    body = started(said, run, layout, plan, code, past.epoch + 1, home is None)
-    publisher.record("run_started", body | ({"asked": list(asked)} if asked else {}))
-    publisher.moved_before(sum(fact["bytes_up"] + fact["bytes_down"] for fact in asked))
-    if past.again is not None:
-        publisher.record(
-            "version_withdrawn", {"version": past.again, "reason": "its statistics are measured once more"}
-        )
-    for version in past.withdrawn:
-        publisher.record("version_withdrawn", {"version": version, "reason": "its weights were lost"})
+    shell = _shell(said, run, past.epoch + 1, publisher, machine, put)
+    begun = started(said, run, stages.at(0).layout, stages.at(0).plan, code, past.epoch + 1, home is None)
+    _tell(publisher, past, begun, asked)
     shell.owe(first)
     owed = [action for action in first if isinstance(action, Record)]
     when_there_is_room(partial(diary.checkpoint, machine.memory(), owed), **room)
@@ -147,24 +110,63 @@ def compose(
 
     return Composition(
         said, machine, shell, board, stages, place, folder, past.epoch + 1, code, book.versions.kept, read, begin,
-        first, notary, lambda version: norms_of(said, stages.at(version)),
+        first, publisher.notary, lambda version: norms_of(said, stages.at(version)),
     )  # fmt: skip
 
 
-def norms_of(said: RunConfig, stage: Stage) -> list[str]:
-    """Layers whose statistics are measured anew at the end: those of a model of images, in the order of a batch."""
-    import torch
+def _begin_with(said: RunConfig, model: GlobalModel, start: np.ndarray | None) -> None:
+    """Version 0's weights where they are not the usual ones: those given, or another run's."""
+    if start is not None:
+        model.restore(start, model.state)
+    elif said.warm_start:
+        from raypipe.tracking.registry import load_weights
 
-    from raypipe.models import build_for
-    from raypipe.models.norms import norm_order
-    from raypipe.store.measure import forward
+        model.restore(load_weights(said.warm_start, model.layout), model.state)
 
-    task = tasks.build(stage.plan.task)
-    if task.table is not None or not stage.layout.moments:
-        return []
-    module = build_for(task, {key: value for key, value in said.model.items() if key != "pretrained"})
-    images = torch.zeros(1, task.channels, task.image_size, task.image_size, dtype=torch.uint8)
-    return norm_order(module, stage.layout, forward(module, task, images, torch.zeros(0, 7)))
+
+def _machine(
+    said: RunConfig, past: Past, diary: Diary, book: RunBook, model: GlobalModel, stages: Stages, board: Board
+) -> tuple[Coordinator, list[Action]]:
+    """As it begins, or as it was, and what is to be done first."""
+    machine = new_machine(said if past.config is None else RunConfig.model_validate(past.config))
+    if past.versions:
+        first = take_up(past, machine, diary, book, model, stages, board)
+        machine.policy = policy_of(said)
+        return machine, first
+    asks_first = said.pacing.max_active_stores is not None
+    return machine, machine.handle(Tick(machine.now)) if asks_first else []  # whom to ask for
+
+
+def _shell(
+    said: RunConfig, run: str, epoch: int, publisher: Publisher, machine: Coordinator, put: Callable[[np.ndarray], Any]
+) -> Shell:
+    epochs = said.train.local_epochs
+    timed = said.pace == "paced" or said.pacing.budget_s is not None
+    if epochs is None and said.train.local_steps is None and not timed:
+        epochs = 1.0
+    return Shell(
+        run=run,
+        seed=said.seed,
+        epoch=epoch,
+        how=said.update,
+        max_epochs=epochs,
+        max_steps=said.train.local_steps,
+        publisher=publisher,
+        memory=machine.memory,
+        put=put,
+        asks_all=said.pacing.max_active_stores is None,
+    )
+
+
+def _tell(publisher: Publisher, past: Past, body: dict[str, Any], asked: Sequence[dict[str, Any]]) -> None:
+    """The record, that this coordinator has the run, and what of its versions is lost."""
+    publisher.record("run_started", body | ({"asked": list(asked)} if asked else {}))
+    publisher.moved_before(sum(fact["bytes_up"] + fact["bytes_down"] for fact in asked))
+    if past.again is not None:
+        reason = "its statistics are measured once more"
+        publisher.record("version_withdrawn", {"version": past.again, "reason": reason})
+    for version in past.withdrawn:
+        publisher.record("version_withdrawn", {"version": version, "reason": "its weights were lost"})
 
 
 def _notary(said: RunConfig, place: Path, run: str, board: Board, *, demo: bool) -> Notary | None:
@@ -212,59 +214,9 @@ def reach_of(said: RunConfig) -> Callable[[int, float], float] | None:
     return reached
 
 
-def first_stage(said: RunConfig, run: str, form: Form) -> Stage:
-    """What a run begins with."""
-    return Stage(0, plan_of(said, run, form.layout), form)
-
-
-def next_stage(said: RunConfig) -> Next:
-    """What follows a stage at a version whose class list changes. Raises ConfigError for a change that cannot be."""
-
-    def follow(before: Stage, version: int, change: Change) -> Stage:
-        part = ClassList.of(before.plan.task).changed(change).task(before.plan.task)
-        task = tasks.build(part)
-        layout = before.layout
-        if task.num_outputs != before.form.num_classes:
-            spec = {key: value for key, value in said.model.items() if key != "pretrained"}
-            layout, _ = initial_of(said.model_copy(update={"model": spec}), task)
-        form = Form.of(layout, task.num_outputs, boxes=task.boxes is not None)
-        return Stage(version, replace(before.plan, task=part, layout=layout.fingerprint), form)
-
-    return follow
-
-
-def recorded_stage(before: Stage, body: Mapping[str, Any]) -> Stage:
-    """The same as a version's record has it."""
-    said = body["classes"]
-    task, layout = tasks.build(said["task"]), Layout.from_json(said["layout"])
-    form = Form.of(layout, task.num_outputs, boxes=task.boxes is not None)
-    return Stage(body["version"], replace(before.plan, task=said["task"], layout=layout.fingerprint), form)
-
-
 def threads_of(said: RunConfig) -> int | None:
     """For the coordinator's arithmetic; None: as many as help. On one machine the cores belong to the stores."""
     return None if said.local is None else 1
-
-
-def plan_of(said: RunConfig, run: str, layout: Layout) -> Plan:
-    """What each ticket of a run is told."""
-    return Plan(
-        run=run,
-        task=said.task,
-        model=said.model,
-        data=said.data,
-        optimizer=said.train.optimizer,
-        lr=said.train.lr,
-        schedule=said.train.schedule,
-        batch_size=said.train.batch_size,
-        layout=layout.fingerprint,
-        keep_optimizer=said.train.keep_optimizer,
-        max_bad_share=said.train.max_bad_share,
-        update=said.update,
-        trained=said.train.trained,
-        fix_statistics_from=said.train.fix_statistics_from,
-        local=said.train.local,
-    )
 
 
 def new_machine(said: RunConfig) -> Coordinator:
@@ -309,77 +261,3 @@ def started(
         "machine": machine(),
         **({"licence": licence} if licence else {}),
     }
-
-
-@dataclass
-class _Past:
-    """What the record says of a run that is taken up again."""
-
-    epoch: int = 0
-    told: int = 0  # the machine's records
-    config: dict[str, Any] | None = None
-    code: str = ""
-    versions: dict[int, dict[str, Any]] = field(default_factory=dict)
-    withdrawn: list[int] = field(default_factory=list)
-    again: int | None = None  # a last version that is measured once more
-
-    @property
-    def newest(self) -> dict[str, Any]:
-        return self.versions[max(self.versions)]
-
-    def other_code(self, now: str) -> str:
-        """That this is not the code which the run was last taken up with; empty: it is."""
-        if self.code in ("", now):
-            return ""
-        return f"the code is another than the run had: {self.code[:12]} then, {now[:12]} now; it goes on with this one"
-
-
-def _past(book: RunBook, board: Board) -> _Past:
-    past = _Past()
-    for kind, body in book.past():
-        board.add(kind, body)
-        past.told = max(past.told, body.get("told", 0))
-        if kind == "run_started":
-            past.epoch, past.config, past.code = body["epoch"], body["config"], body["code_hash"]
-        elif kind == "run_restored":
-            past.epoch = body["epoch"]
-        elif kind == "version_published" and "recalibrated" in body:
-            past.again = body["version"]
-        elif kind == "version_published":
-            past.versions[body["version"]] = body
-        elif kind == "version_withdrawn":
-            past.versions.pop(body["version"], None)
-            past.again = None if past.again == body["version"] else past.again
-        elif kind == "run_finished":
-            raise RunError(f"run {book.folder.name} is over: {body['reason']}")
-    return past
-
-
-def _take_up(
-    past: _Past, machine: Coordinator, diary: Diary, book: RunBook, model: GlobalModel, stages: Stages, board: Board
-) -> list[Action]:
-    """The machine as it was, the model at the newest version that can be had; what is to be done first."""
-    for version, body in sorted(past.versions.items()):
-        if body.get("classes"):
-            stages.add(recorded_stage(stages.at(version), body))
-
-    def intact(version: int) -> bool:
-        form = stages.at(version).form
-        vector = book.versions.recover(version, form.layout, past.versions[version]["hash"])
-        state = book.state(version) if model.state else {}
-        variates = book.table(version) if model.variates is not None else None
-        if vector is None or state is None or (variates is None and model.variates is not None):
-            return False
-        model.restore(vector, state, form, variates)
-        return True
-
-    newest = max(past.versions)
-    back = bring_back(
-        machine, diary, newest=newest, told=past.told, intact=intact, epoch=past.epoch + 1, grace_s=GRACE_S
-    )
-    past.withdrawn = back.withdrawn
-    board.lines += [back.damage] if back.damage else []
-    for version in back.withdrawn:
-        del past.versions[version]
-        stages.withdraw(version)
-    return back.actions

@@ -19,10 +19,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from raypipe.compose import plan_of, started
+from raypipe.compose import started
 from raypipe.config.schema import RunConfig
 from raypipe.errors import ConfigError, StoreRefused
 from raypipe.models.flat import with_head
+from raypipe.plans import plan_of
 from raypipe.run import initial_of
 from raypipe.store.batches import batches_per_epoch
 from raypipe.store.code import code_hash

@@ -22,13 +22,14 @@ from pydantic import TypeAdapter
 
 from raypipe.aggregation.statistics import pooled, put
 from raypipe.aggregation.variates import Learned, Sent, Variates
-from raypipe.compose import first_stage, initial_model, norms_of, recorded_stage
+from raypipe.compose import initial_model
 from raypipe.config.schema import RunConfig
 from raypipe.coordinator.stages import Stage
 from raypipe.errors import ConfigError, RunError, StoreError
 from raypipe.ledger.keys import digest
 from raypipe.models.growth import Growth
 from raypipe.models.tensors import vector_from
+from raypipe.plans import first_stage, norms_of, recorded_stage
 from raypipe.run import policy_of
 from raypipe.store.messages import Part, Ticket
 from raypipe.store.processor import fewer, machine, same

@@ -14,8 +14,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from raypipe.compose import plan_of, started
+from raypipe.compose import started
 from raypipe.models import models
+from raypipe.plans import plan_of
 from raypipe.run import initial_of, load_run
 from raypipe.tasks import tasks
 

@@ -54,7 +54,7 @@ class Publisher:
         """`next_stage`: what follows one at a version whose class list changes."""
         self.model, self.book, self.diary, self.board, self.bases = model, book, diary, board, bases
         self.stages, self.next_stage = stages, next_stage
-        self.clock, self.wall, self._notary = clock, wall, notary
+        self.clock, self.wall, self.notary = clock, wall, notary
         self.updates = Updates()
         self.room = Room(book.room, lambda: model.vector.nbytes, board.lines)
         self.unjudged: set[int] = set()  # versions whose judgement may still come: their weights are kept
@@ -152,8 +152,8 @@ class Publisher:
         """Write a fact down, then let it be seen. In the lane's thread, or before the lane runs."""
         self.room.patiently(self.book.record, kind, body)
         self.board.add(kind, body)
-        if self._notary is not None and kind in KINDS:
-            self._notary.wake()
+        if self.notary is not None and kind in KINDS:
+            self.notary.wake()
         if kind == "evaluated":
             self.unjudged.discard(body["version"])
 

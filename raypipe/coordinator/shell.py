@@ -17,7 +17,7 @@ from raypipe.coordinator import actions as do
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.attendance import Attendance
 from raypipe.coordinator.lane import Lane
-from raypipe.coordinator.notary import Checked, Notary
+from raypipe.coordinator.notary import Checked
 from raypipe.coordinator.ports import Handle
 from raypipe.coordinator.publisher import Publisher
 from raypipe.coordinator.state import Memory
@@ -42,12 +42,11 @@ class Shell:
         publisher: Publisher,
         memory: Callable[[], Memory],
         put: Callable[[np.ndarray], Handle],
-        notary: Notary | None = None,
         asks_all: bool = True,
     ) -> None:
         """`asks_all`: stores are had in the run from the start; else when the machine asks for them."""
         self.inbox: asyncio.Queue[ev.Event] = asyncio.Queue()
-        self.publisher, self.memory, self.put, self.notary = publisher, memory, put, notary
+        self.publisher, self.memory, self.put, self.notary = publisher, memory, put, publisher.notary
         self.stages, self.bases, self.updates = publisher.stages, publisher.bases, publisher.updates
         self.board, self.diary, self.clock = publisher.board, publisher.diary, publisher.clock
         self._lane = Lane(self._work)
@@ -58,7 +57,7 @@ class Shell:
             record=self._lane.perform,
             tell=self.inbox.put_nowait,
             clock=self.clock,
-            notary=notary,
+            notary=self.notary,
             asks_all=asks_all,
         )
         self.ports, self.keep = self.attendance.ports, self.attendance.keep
