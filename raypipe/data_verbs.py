@@ -1,4 +1,4 @@
-"""Console verbs about stores' data sets: data, anchors. Thin; see cli.py, which has import."""
+"""Console verbs about stores' data sets: data, anchors, import. Thin; see cli.py."""
 
 from __future__ import annotations
 
@@ -43,6 +43,17 @@ def add(verb: Verb, configured: Callable[[argparse.ArgumentParser], None]) -> No
         "--stores",
         type=Path,
         help="their folders; default: $RAYPIPE_STORES, else ~/.raypipe/stores",
+    )
+    bring = verb("import", _import, "at a store: bring images and their labels into a data set; again: what is new")
+    bring.add_argument("kind", metavar="KIND", help="folders, yolo, coco, voc or csv")
+    bring.add_argument("folder", metavar="FOLDER", type=Path, help="where they lie")
+    bring.add_argument(
+        "--to", required=True, type=Path, metavar="DATA_SET", help="the data set's folder, e.g. data/products"
+    )
+    bring.add_argument("--annotations", type=Path, metavar="FILE", help="of coco and csv, where there are several")
+    bring.add_argument("--classes", metavar="NAME,NAME", help="these alone, in this order; default: all that are found")
+    bring.add_argument(
+        "--held-out", default="0.1,0.1", metavar="VALIDATION,TEST", help="shares, where no split is said"
     )
 
 
@@ -108,3 +119,26 @@ def _sizes(store: Path, name: str, task: Task) -> Any:
     targets = targets_of(data.split("train"), classes, task, f"data set {name!r} of store {policy.store}")
     rows = targets.take(np.arange(len(targets))).numpy()
     return rows[rows[:, 6] == 0, 4:6]
+
+
+def _import(options: argparse.Namespace, console: Console) -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from raypipe.data.importers.ingest import held_out, ingest
+    from raypipe.data.importers.sources import open_source
+
+    shares, source = held_out(options.held_out), open_source(options.kind, options.folder, options.annotations)
+    classes = [name.strip() for name in options.classes.split(",") if name.strip()] if options.classes else None
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        total = len(source)
+        bar = progress.add_task("images", total=total)
+        report = ingest(
+            *(options.folder, source, options.to),
+            classes=classes,
+            shares=shares,
+            see=lambda done: progress.update(bar, completed=min(done, total)),  # labels without image are seen too
+        )
+    for line in report.lines():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0
