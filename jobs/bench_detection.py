@@ -29,11 +29,12 @@ from raypipe.data.shelves import make_shelves
 from raypipe.models import build_for
 from raypipe.models.flat import FlatModel, layout_of
 from raypipe.store.batches import Images, shuffled
+from raypipe.store.control import Control
 from raypipe.store.optimizers import optimizers
 from raypipe.store.policy import Limits
 from raypipe.store.schedules import schedules
 from raypipe.store.targets import targets_of
-from raypipe.store.trainer import Control, Work, train
+from raypipe.store.trainer import Work, train
 from raypipe.tasks import Task, tasks
 
 BATCH, STEPS, PAIRS, SIZE = 16, 16, 5, 160

@@ -25,12 +25,13 @@ from raypipe.coordinator import events as ev
 from raypipe.errors import StoreError
 from raypipe.models.flat import FlatModel
 from raypipe.store.batches import Images, batches_per_epoch
+from raypipe.store.control import Control
 from raypipe.store.correct import correct
 from raypipe.store.optimizers import optimizers
 from raypipe.store.policy import Limits
 from raypipe.store.schedules import schedules
 from raypipe.store.seeds import ticket_seed
-from raypipe.store.trainer import Control, Outcome, Work, train
+from raypipe.store.trainer import Outcome, Work, train
 from raypipe.tasks import Task
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"

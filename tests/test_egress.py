@@ -308,7 +308,7 @@ def test_a_full_disk_tells_nothing_but_that(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "south" / "busy").touch()
     with ThreadPoolExecutor(1) as pool:
         trained = pool.submit(case.train, {"id": "t2"})
-        until(lambda: case.site._current is not None and case.site._current[1].pausing)
+        until(lambda: case.site._controls.current is not None and case.site._controls.current[1].pausing)
         assert case.site.pausing() == "", "why it pauses is untold"
         (tmp_path / "south" / "busy").unlink()
         with pytest.raises(StoreError, match="receipts"):

@@ -78,7 +78,7 @@ def test_a_ticket_of_two_ranks_is_stopped_within_a_batch(pair: Case) -> None:
     reports: list[Any] = []
     thread = threading.Thread(target=lambda: reports.append(pair.train({"id": "long", "max_epochs": 1e6}, **PLAN)))
     thread.start()
-    until(lambda: pair.site._current is not None, "it trains")
+    until(lambda: pair.site._controls.current is not None, "it trains")
     pair.site.control("long", "stop")
     thread.join(20)
     assert reports[0].stopped == "control"

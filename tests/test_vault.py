@@ -216,7 +216,7 @@ def test_a_ticket_asked_for_again_after_a_cut_joins_the_work_that_goes_on(tmp_pa
     long = replace(here.case.ticket, max_epochs=None, budget_s=2.0)
     thread = threading.Thread(target=lambda: found.append(site.train(long, here.case.plan, here.case.weights)))
     thread.start()
-    until(lambda: here.case.site._current is not None)
+    until(lambda: here.case.site._controls.current is not None)
     site._work.channel.shut()  # type: ignore[union-attr]
     thread.join()
     assert found[0].stopped == "budget"
@@ -235,11 +235,11 @@ def test_work_that_nobody_waits_for_is_abandoned_and_leaves_nothing(here: Here) 
 
     thread = threading.Thread(target=ask)
     thread.start()
-    until(lambda: here.case.site._current is not None)
+    until(lambda: here.case.site._controls.current is not None)
     here.gate._actor_user = -1  # it cannot come back
     site._work.channel.shut()  # type: ignore[union-attr]
     thread.join()
-    until(lambda: here.case.site._current is None)
+    until(lambda: here.case.site._controls.current is None)
     assert here.case.site.describe("r", 1).outbox == ()
 
 

@@ -13,14 +13,15 @@ from torch.optim import Optimizer
 from raypipe.models.growth import Form
 from raypipe.store.attest import Base
 from raypipe.store.batches import Examples
+from raypipe.store.control import Clock, Control
 from raypipe.store.correct import correct
-from raypipe.store.messages import Plan, Ticket
+from raypipe.store.messages import Evaluation, Plan, Report, Ticket
 from raypipe.store.optimizers import optimizers
 from raypipe.store.policy import Limits
 from raypipe.store.ranks import Ranks
 from raypipe.store.schedules import schedules
 from raypipe.store.shelf import Learner
-from raypipe.store.trainer import Clock, Control, Outcome, Work, train
+from raypipe.store.trainer import Outcome, Work, train
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
@@ -68,6 +69,33 @@ def learn(
     if labelled is not None:
         _leave(learner, asked.weights, labelled)
     return outcome, optimizer
+
+
+def report_of(
+    asked: Admitted,
+    store: str,
+    outcome: Outcome,
+    update_bytes: int,
+    evaluation: Evaluation | None,
+    after: str = "",
+) -> Report:
+    """What the store tells of a ticket; `after`: the one whose kept state it began with."""
+    return Report(
+        ticket=asked.ticket.id,
+        store=store,
+        version=asked.ticket.version,
+        steps=outcome.steps,
+        examples=outcome.examples,
+        num_train=asked.images.total,
+        skipped=len(asked.images.bad),
+        seconds=outcome.seconds,
+        loss=outcome.loss,
+        update_bytes=update_bytes,
+        stopped=outcome.stopped,
+        evaluation=evaluation,
+        after=after,
+        data_hash=asked.data_hash,
+    )
 
 
 def _leave(learner: Learner, base: Array, labelled: tuple[int, ...]) -> None:

@@ -27,15 +27,60 @@ from raypipe.models.flat import FlatModel
 from raypipe.models.heads import head_of
 from raypipe.models.norms import reach, summing
 from raypipe.store.batches import Examples, in_order
+from raypipe.store.messages import Plan
+from raypipe.store.policy import Policy
 from raypipe.store.rows import Rows
-from raypipe.tasks import Task
+from raypipe.store.shelf import Learner, Shelf
+from raypipe.tasks import Task, tasks
 from raypipe.tasks.tabular import moments
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
+Weights: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"  # float32
 What: TypeAlias = str
 STATISTICS = re.compile(r"statistics:([1-9][0-9]{0,6}):(.+)")
 BATCH = 256
 PIXELS = 1 << 20  # a batch has at most
+
+
+def measured(
+    shelf: Shelf,
+    policy: Policy,
+    plan: Plan,
+    weights: Weights | None,
+    what: What,
+    known: Weights | None,
+    stopped: Callable[[], bool],
+) -> Array:
+    """What is asked for, where the policy allows it; `known`: a model's statistics, where they are not the weights'.
+
+    Raises StoreRefused.
+    """
+    if what == "moments":
+        task = tasks.build(plan.task)
+        rows = shelf.images(plan, task, "train")
+        policy.may_measure(what, rows.num)
+        return measured_moments(rows, task)
+    layer = layer_of(what)
+    if weights is None or (what != "gram" and layer is None):
+        raise StoreRefused(f"what is to be measured is moments, or gram or statistics of a model, not {what!r}")
+    learner = shelf.learner(plan, weights)
+    learner.model.load(weights if known is None else _completed(learner, weights, known))
+    examples = shelf.images(plan, learner.task, "train")
+    policy.may_measure("gram" if layer is None else "statistics", examples.num)
+    about, more = (learner.model, learner.task, examples), (shelf.max_bad_share(plan), stopped)
+    sums = measured_gram(*about, *more) if layer is None else measured_statistics(*about, *layer, *more)
+    if sums is None:
+        raise StoreRefused("the measuring was stopped")
+    return sums
+
+
+def _completed(learner: Learner, weights: Weights, known: Weights) -> Weights:
+    """Weights with statistics that were measured anew. Raises StoreRefused."""
+    layout = learner.model.layout
+    size = layout.statistic.stop - layout.statistic.start
+    if known.shape != (size,) or known.dtype != np.float32:
+        raise StoreRefused(f"statistics are {known.dtype} of shape {known.shape}, not float32 ({size},)")
+    return layout.with_statistics(weights, known)
 
 
 def measured_moments(rows: Examples, task: Task) -> Array:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from raypipe.errors import ConfigError
+
 CPUINFO = Path("/proc/cpuinfo")
 # torch's name for them, from the fewest on: what makes it, and oneDNN below it, go without the others.
 LEVELS = {
@@ -29,6 +31,17 @@ def machine() -> str:
     chip = chip_of(_cpuinfo())
     what = f"torch {torch.__version__}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return f"{what}, {chip}" if chip else what
+
+
+def take_device(store: str, threads: int, gpus: float) -> torch.device:
+    """Torch's threads, and its share of the first GPU where it is given one. Raises ConfigError: there is none."""
+    torch.set_num_threads(threads)
+    if gpus <= 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"store {store} is given {gpus:g} GPUs, but torch sees none on this node")
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gpus))
+    return torch.device("cuda", 0)
 
 
 def chip_of(lines: Iterable[str]) -> str:

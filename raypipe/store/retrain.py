@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from raypipe.errors import StoreRefused
+from raypipe.store.control import Control
 from raypipe.store.kept import State, begin, left
 from raypipe.store.lesson import Admitted, learn
 from raypipe.store.measure import measured_statistics
@@ -24,7 +25,7 @@ from raypipe.store.messages import Plan, Ticket
 from raypipe.store.policy import read_policy
 from raypipe.store.shelf import Shelf
 from raypipe.store.site import CACHE_BYTES  # the same: what is cached decides from which images batches draw
-from raypipe.store.trainer import Control, Outcome
+from raypipe.store.trainer import Outcome
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeAlias
@@ -29,26 +29,26 @@ import torch
 from raypipe.errors import ConfigError, StoreClosed, StoreError, StoreRefused
 from raypipe.models import models
 from raypipe.store.attest import Attestor
+from raypipe.store.control import Clock, Control, Controls
 from raypipe.store.kept import begin, keeps, key_of, left
-from raypipe.store.lesson import Admitted, learn
-from raypipe.store.measure import What, layer_of, measured_gram, measured_moments, measured_statistics
+from raypipe.store.lesson import Admitted, learn, report_of
+from raypipe.store.measure import What, measured
 from raypipe.store.messages import PROTOCOL, Card, Command, Evaluation, Part, Plan, Refusal, Report, Ticket, Verdict
 from raypipe.store.outbox import Outbox, Point, open_outbox
 from raypipe.store.policy import read_policy
-from raypipe.store.processor import machine
+from raypipe.store.processor import machine, take_device
 from raypipe.store.ranks import Ranks
 from raypipe.store.runs import tidy
 from raypipe.store.safety import refusal, site_log
 from raypipe.store.shelf import Learner, Shelf
 from raypipe.store.terms import Terms
-from raypipe.store.trainer import Clock, Control, Outcome, evaluate
+from raypipe.store.trainer import evaluate
 from raypipe.tasks import tasks
 from raypipe.update.codec import encoded_bytes
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 CACHE_BYTES = 2 << 30  # decoded images of a data set that are kept in memory
-EARLY = 64  # commands kept for tickets that have not begun
 
 
 class Site:
@@ -77,7 +77,7 @@ class Site:
         self.store = self.policy.store
         self._cpus, self._gpus, self._slowdown, self._node, self._clock = cpus, gpus, slowdown, node, clock
         self._threads = max(1, int(cpus / ranks))
-        self._device = self._take_device()
+        self._device = take_device(self.store, self._threads, gpus)
         shared = {"threads": self._threads, "cache_bytes": cache_bytes}
         self._ranks = Ranks(home, ranks, device=self._device, **shared) if ranks > 1 else None
         self._shelf = Shelf(self.policy, self._device, threads=self._threads, cache_bytes=cache_bytes)
@@ -88,10 +88,7 @@ class Site:
         self._outboxes: dict[str, Outbox] = {}
         self._opening = Lock()
         self._work = Lock()  # one ticket or evaluation at a time
-        self._flags = Lock()
-        self._current: tuple[str, Control, str] | None = None  # ticket, its flags, run
-        self._told = ""  # why the store pauses, as it was said last
-        self._early: OrderedDict[str, Command] = OrderedDict()
+        self._controls = Controls(self._terms.taken, self._terms.closed, self._pauses)
         self.code = ""  # of a vault: the hash of what is installed there
         tidy(home, wall(), self._log)
 
@@ -174,7 +171,7 @@ class Site:
             limits = replace(limits, budget_s=min(left_s, limits.budget_s or left_s))
         images = self._shelf.images(plan, learner.task, "train")
         data_hash = self._shelf.data(plan.data).content_hash
-        with self._controlled(ticket.id, plan.run) as control:
+        with self._controls.running(ticket.id, plan.run) as control:
             admitted = Admitted(ticket, plan, weights, learner, images, limits, control, base, data_hash, correction)
             return self._judged(admitted) if ticket.judge is not None else self._finished(admitted, outbox)
 
@@ -212,7 +209,7 @@ class Site:
             learner = self._shelf.learner(plan, weights)
             kept = outbox.kept(key_of(plan)) if outbox is not None and plan.local is not None else None
             begin(learner.model, plan, weights, kept[1] if kept else None)
-            with self._controlled("", plan.run) as control:
+            with self._controls.running("", plan.run) as control:
                 evaluation = self._evaluate(plan, learner, split, control)
         if evaluation is None:
             raise StoreRefused("the evaluation was stopped")
@@ -231,30 +228,11 @@ class Site:
                 self._fenced(plan.run, epoch)
             self.policy.check(plan)
             self._terms.begin()
-            sums = self._measured(plan, weights, what, known)
+            with self._controls.running("", plan.run) as control:
+                stopped = partial(control.stops, self._clock)
+                sums = measured(self._shelf, self.policy, plan, weights, what, known, stopped)
         self._terms.leave(sums.nbytes)
         self._attestor.sums_left(what, plan.run, sums)
-        return sums
-
-    def _measured(self, plan: Plan, weights: Array | None, what: What, known: Array | None) -> Array:
-        if what == "moments":
-            task = tasks.build(plan.task)
-            rows = self._shelf.images(plan, task, "train")
-            self.policy.may_measure(what, rows.num)
-            return measured_moments(rows, task)
-        layer = layer_of(what)
-        if weights is None or (what != "gram" and layer is None):
-            raise StoreRefused(f"what is to be measured is moments, or gram or statistics of a model, not {what!r}")
-        learner = self._shelf.learner(plan, weights)
-        learner.model.load(weights if known is None else _completed(learner, weights, known))
-        examples = self._shelf.images(plan, learner.task, "train")
-        self.policy.may_measure("gram" if layer is None else "statistics", examples.num)
-        with self._controlled("", plan.run) as control:
-            about = (learner.model, learner.task, examples)
-            more = (self._shelf.max_bad_share(plan), lambda: control.stops(self._clock))
-            sums = measured_gram(*about, *more) if layer is None else measured_statistics(*about, *layer, *more)
-        if sums is None:
-            raise StoreRefused("the measuring was stopped")
         return sums
 
     def control(self, ticket_id: str, command: Command, run: str = "", epoch: int = 0) -> None:
@@ -263,22 +241,12 @@ class Site:
         A coordinator that is superseded is not listened to.
         """
         known = self._outboxes.get(run)
-        if known is not None and 0 < epoch < known.epoch:
-            return
-        with self._flags:
-            if self._current is not None and ticket_id in ("", "*", self._current[0]):
-                self._current[1].give(command)
-            elif ticket_id not in ("", "*"):
-                self._early[ticket_id] = command
-                while len(self._early) > EARLY:
-                    self._early.popitem(last=False)
+        if known is None or not 0 < epoch < known.epoch:
+            self._controls.give(ticket_id, command)
 
     def abandon(self, ticket_id: str) -> None:
         """Nobody waits for what runs under this id: it ends within a batch and leaves nothing."""
-        with self._flags:
-            if self._current is not None and self._current[0] == ticket_id:
-                self._current[1].abandoned = True
-                self._current[1].give("stop")
+        self._controls.abandon(ticket_id)
 
     @property
     def rate(self) -> float | None:
@@ -287,16 +255,10 @@ class Site:
 
     def pausing(self) -> str:
         """Why what runs now computes nothing; empty when it does, or nothing runs. It is to leave: see receipts.py."""
-        with self._flags:
-            ticket, control, run = self._current or ("", None, "")
-            why = "" if control is None else control.pausing
-            if why and why != self._told:
-                try:
-                    self._attestor.said("pause", run, ticket, why.encode(), "told at each heartbeat until it changes")
-                except StoreError:  # a full disk: it pauses untold
-                    return ""
-            self._told = why
-            return why
+        return self._controls.pausing()
+
+    def _pauses(self, run: str, ticket_id: str, why: str) -> None:
+        self._attestor.said("pause", run, ticket_id, why.encode(), "told at each heartbeat until it changes")
 
     def refusal(self, error: BaseException, method: str, ticket_id: str = "", run: str = "") -> Refusal:
         """An exception as a message, which leaves; what may not leave the store goes to its own log."""
@@ -331,7 +293,7 @@ class Site:
             if not finite:
                 raise StoreError(f"the update is not finite after {outcome.steps} steps; lower lr")
             state = left(model, plan, optimizer)
-            report = self._report(asked, outcome, update.nbytes, evaluation, after)
+            report = report_of(asked, self.store, outcome, update.nbytes, evaluation, after)
             report = self._attestor.sign(report, plan, asked.base, update)
             outbox.put(report, slot, key, state)
         return report
@@ -342,28 +304,8 @@ class Site:
         outcome, _ = learn(asked, None, clock=self._clock, ranks=self._ranks)
         assert asked.ticket.judge is not None
         judged = self._evaluate(asked.plan, asked.learner, asked.ticket.judge, asked.control)
-        report = self._report(asked, outcome, 0, judged)
+        report = report_of(asked, self.store, outcome, 0, judged)
         return self._attestor.sign(report, asked.plan, asked.base, None)
-
-    def _report(
-        self, asked: Admitted, outcome: Outcome, update_bytes: int, evaluation: Evaluation | None, after: str = ""
-    ) -> Report:
-        return Report(
-            ticket=asked.ticket.id,
-            store=self.store,
-            version=asked.ticket.version,
-            steps=outcome.steps,
-            examples=outcome.examples,
-            num_train=asked.images.total,
-            skipped=len(asked.images.bad),
-            seconds=outcome.seconds,
-            loss=outcome.loss,
-            update_bytes=update_bytes,
-            stopped=outcome.stopped,
-            evaluation=evaluation,
-            after=after,
-            data_hash=asked.data_hash,
-        )
 
     def _evaluate(self, plan: Plan, learner: Learner, split: str, control: Control) -> Evaluation | None:
         images = self._shelf.images(plan, learner.task, split)
@@ -390,37 +332,6 @@ class Site:
             return run, self._fenced(run, epoch)
         waits = ((run, o) for run, o in list(self._outboxes.items()) if o.report(ticket_id) is not None)
         return next(waits, ("", None))
-
-    @contextmanager
-    def _controlled(self, ticket_id: str, run: str) -> Iterator[Control]:
-        control = Control(self._terms.taken, self._terms.closed)
-        with self._flags:
-            self._current = ticket_id, control, run
-            if early := self._early.pop(ticket_id, None):
-                control.give(early)
-        try:
-            yield control
-        finally:
-            with self._flags:
-                self._current = None
-
-    def _take_device(self) -> torch.device:
-        torch.set_num_threads(self._threads)
-        if self._gpus <= 0:
-            return torch.device("cpu")
-        if not torch.cuda.is_available():
-            raise ConfigError(f"store {self.store} is given {self._gpus:g} GPUs, but torch sees none on this node")
-        torch.cuda.set_per_process_memory_fraction(min(1.0, self._gpus))
-        return torch.device("cuda", 0)
-
-
-def _completed(learner: Learner, weights: Array, known: Array) -> Array:
-    """Weights with statistics that were measured anew. Raises StoreRefused."""
-    layout = learner.model.layout
-    size = layout.statistic.stop - layout.statistic.start
-    if known.shape != (size,) or known.dtype != np.float32:
-        raise StoreRefused(f"statistics are {known.dtype} of shape {known.shape}, not float32 ({size},)")
-    return layout.with_statistics(weights, known)
 
 
 def _listed(allowed: str | list[str], names: Callable[[], list[str]]) -> tuple[str, ...]:

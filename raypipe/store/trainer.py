@@ -7,10 +7,10 @@ same bits (on a CPU), and nothing in the loop waits for the device: losses stay 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from threading import Event, Lock
+from threading import Lock
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from raypipe.errors import StoreError, StoreRefused
 from raypipe.models.flat import FlatModel
 from raypipe.store.batches import Examples, batches_per_epoch, in_order, shuffled
-from raypipe.store.messages import Command
+from raypipe.store.control import Clock, Control
 from raypipe.store.policy import Limits
 from raypipe.store.ranks import Ranks
 from raypipe.store.schedules import Schedule
@@ -29,66 +29,12 @@ from raypipe.tasks import Task
 from raypipe.tasks.task import Inputs
 
 Stopped: TypeAlias = Literal["done", "budget", "control"]
-Clock: TypeAlias = Callable[[], float]
 AUGMENTED = 1  # beside the seed: how images are changed does not hang on how they are shuffled
-LOOK_S = 0.2  # between two looks whether who owns the machine needs it still
 CHECK_EVERY = 32  # steps between looks at whether the losses are finite: each look waits for a GPU
 EVALUATION_BATCH = 256  # images at most, and
 EVALUATION_ROWS = 8192  # the same of a table
 EVALUATION_PIXELS = 1 << 20  # at most so many, since activations of large images fill a memory
 _GENERATOR = Lock()
-
-
-class Control:
-    """Flags that another thread sets while a ticket trains; looked at between batches."""
-
-    def __init__(self, taken: Callable[[], str] = lambda: "", closed: Callable[[], bool] = lambda: False) -> None:
-        """`taken`: why the store's owner needs the machine now; `closed`: whether it may compute no more today."""
-        self.abandoned = False  # nobody wants what comes of it
-        self.pausing = ""  # why it computes nothing now
-        self._taken, self._closed = taken, closed
-        self._stop = Event()
-        self._go = Event()
-        self._go.set()
-
-    def give(self, command: Command) -> None:
-        if command == "pause":
-            self._go.clear()
-            return
-        if command == "stop":
-            self._stop.set()
-        self._go.set()
-
-    @property
-    def stopped(self) -> bool:
-        return self._stop.is_set()
-
-    def stops(self, clock: Clock) -> bool:
-        """Whether it was told to stop, after giving way."""
-        self.give_way(clock)
-        return self.stopped
-
-    def sleep(self, seconds: float) -> None:
-        """Until then, or until told to stop."""
-        self._stop.wait(seconds)
-
-    def wait_while_paused(self, seconds: float | None) -> None:
-        """At most so long: a pause does not lengthen a ticket's time."""
-        self._go.wait(seconds)
-
-    def give_way(self, clock: Clock) -> float:
-        """While the owner needs the machine, or until told to stop; seconds that it took, which are no work's."""
-        if not (why := self._taken()):
-            return 0.0
-        began = clock()
-        while why and not self.stopped:
-            self.pausing = why
-            self._stop.wait(LOOK_S)
-            why = self._taken()
-        self.pausing = ""
-        if self._closed():  # meanwhile
-            self.give("stop")
-        return clock() - began
 
 
 @dataclass(frozen=True, slots=True)
