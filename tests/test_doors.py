@@ -44,7 +44,10 @@ def test_a_cluster_that_lets_strangers_in_is_refused(cluster: Place, seen_by_oth
 
 def test_what_only_this_machine_reaches_needs_no_door() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
         refuse_open(f"127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(BlockingIOError):  # nobody has knocked
+            server.accept()
 
 
 def test_no_run_is_taken_up_where_strangers_get_in(

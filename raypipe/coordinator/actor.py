@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import ray
 from pydantic import TypeAdapter
@@ -19,10 +19,9 @@ from pydantic import TypeAdapter
 from raypipe.config.schema import RunConfig, Store
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.asking import Answers, Question, ask
-from raypipe.coordinator.closing import conclude, unjudged
+from raypipe.coordinator.closing import Judged, judged, unjudged
 from raypipe.coordinator.composition import Composition
 from raypipe.coordinator.loop import drive
-from raypipe.coordinator.ports import Handle
 from raypipe.coordinator.recalibration import last_version
 from raypipe.coordinator.shell import Shell
 from raypipe.coordinator.stages import rehearse
@@ -37,7 +36,6 @@ DRAIN_S = 30.0  # how long the end waits for MLflow
 T = TypeVar("T")
 FOLLOW_S = 4.0  # after which MLflow begins to be told
 HEARD_S = 10.0  # in which the machine takes up what somebody asks for
-Judged: TypeAlias = tuple[list[dict[str, Any]], dict[str, float], dict[str, float]]  # as `conclude` gives it
 
 
 class Coordinator:
@@ -244,38 +242,19 @@ class Coordinator:
             port.tell()
         stopped, failed = bool(self._stop_reason), machine.started_at is None
         best = machine.scores.best[0] if machine.scores.best else machine.version
-        newest, table = machine.version, list[dict[str, Any]]()
-        test: dict[str, float] = {}
-        averaged: dict[str, float] = {}
-        judge = made.config.evaluate.test and not stopped and not failed
+        newest = machine.version
+        words: Judged = ([], {}, {})
         if not failed:
             self._phase = "testing the best version, and each store alone"
-            if best not in made.kept():
-                best = machine.version
-            there = {s: p for s, p in shell.ports.items() if s in self._keeping}
-            best = await self._unless_stopped(last_version(made, there, best, ray.put)) or best
+            best, words = await self._judged(made, best, test=made.config.evaluate.test and not stopped)
             newest = max(best, newest)
-            first, last = await asyncio.to_thread(made.read, 0), await asyncio.to_thread(made.read, best)
-            handles: list[Handle] = [ray.put(first), ray.put(last)]
-            ports = {s: p for s, p in there.items() if s != made.config.evaluate.central}
-            kwargs = {"seed": made.config.seed, "epoch": made.epoch, "first": handles[0], "best": handles[1]}
-            kwargs["notary"] = made.notary
-            if (average := shell.publisher.model.average) is not None:
-                kwargs["average"] = ray.put(average)
-            plans, alone = (made.stages.at(best), made.stages.at(machine.version)), made.config.evaluate.alone
-            kwargs["averaged"] = plans[1].plan
-            # Alone from version 0 a store would have learned other classes: that is no comparison.
-            alone = alone and not plans[0].since
-            judging = conclude(ports, made.board, plans[0].plan, alone=alone, test=judge, **kwargs)
-            nothing: Judged = (unjudged(made.board), {}, {})
-            table, test, averaged = await self._unless_stopped(judging) or nothing
-        reason = made.ending(self._stop_reason)
-        final = {"best_version": best, "test": test, "table": table, "reason": reason}
+        table, test, averaged = words
+        final = {"best_version": best, "test": test, "table": table, "reason": made.ending(self._stop_reason)}
         if averaged:
             final["average"] = averaged
         await asyncio.to_thread(shell.publisher.record, "final", final)
         status = "failed" if failed else "killed" if stopped else "finished"
-        finished = {"reason": reason, "status": status, "versions": newest, "best_version": best}
+        finished = {"reason": final["reason"], "status": status, "versions": newest, "best_version": best}
         await asyncio.to_thread(shell.publisher.record, "run_finished", {**finished, "at": time.time()})
         if made.notary is not None:
             await asyncio.to_thread(made.notary.finish)
@@ -284,6 +263,15 @@ class Coordinator:
         self._summary = {**final, **finished, "run": self._run, "folder": str(made.folder), "mlflow": tracked}
         self._phase = "over"
         return {**self._summary, "board": made.board.snapshot()}
+
+    async def _judged(self, made: Composition, best: int, *, test: bool) -> tuple[int, Judged]:
+        """The best version, which may be one more, and how it is judged, unless somebody wants the run to end."""
+        if best not in made.kept():
+            best = made.machine.version
+        there = {s: p for s, p in made.shell.ports.items() if s in self._keeping}
+        best = await self._unless_stopped(last_version(made, there, best, ray.put)) or best
+        judging = judged(made, there, best, test=test, fetchable=ray.put)
+        return best, await self._unless_stopped(judging) or (unjudged(made.board), {}, {})
 
     async def _unless_stopped(self, judging: Coroutine[Any, Any, T]) -> T | None:
         """What it comes to, or nothing when somebody wants the run to end now."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from raypipe.coordinator.board import Board
 from raypipe.coordinator.notary import Notary
@@ -15,7 +15,34 @@ from raypipe.store import messages as msg
 from raypipe.store.seeds import ticket_seed
 from raypipe.tasks.metrics import metrics
 
+if TYPE_CHECKING:
+    from raypipe.coordinator.composition import Composition
+
+Judged: TypeAlias = tuple[list[dict[str, Any]], dict[str, float], dict[str, float]]  # see `conclude`
 PATIENCE_S = 600.0  # for all stores together; a store that has trained longer than this trains none alone
+
+
+async def judged(
+    made: Composition, ports: Mapping[str, Port], best: int, *, test: bool, fetchable: Callable[[Any], Handle]
+) -> Judged:
+    """What `conclude` says of a run whose best version this is."""
+    first, last = await asyncio.to_thread(made.read, 0), await asyncio.to_thread(made.read, best)
+    then, now, average = made.stages.at(best), made.stages.at(made.machine.version), made.shell.publisher.model.average
+    return await conclude(
+        {store: port for store, port in ports.items() if store != made.config.evaluate.central},
+        made.board,
+        then.plan,
+        seed=made.config.seed,
+        epoch=made.epoch,
+        best=fetchable(last),
+        first=fetchable(first),
+        # Alone from version 0 a store would have learned other classes: that is no comparison.
+        alone=made.config.evaluate.alone and not then.since,
+        test=test,
+        notary=made.notary,
+        average=None if average is None else fetchable(average),
+        averaged=now.plan,
+    )
 
 
 async def conclude(
@@ -32,7 +59,7 @@ async def conclude(
     notary: Notary | None = None,
     average: Handle | None = None,
     averaged: msg.Plan | None = None,
-) -> tuple[list[dict[str, Any]], dict[str, float], dict[str, float]]:
+) -> Judged:
     """A row a store: its numbers from the record, the shared model's and its own model's score on the test split; and
     the shared model's metrics on all stores' test images together, the run's own metric first; and the same of
     `average`, the running average of the versions, where the server keeps one; `averaged`: its plan, where the class
