@@ -28,13 +28,11 @@ from raypipe.coordinator.stages import rehearse
 from raypipe.errors import ConfigError, RaypipeError, RunError, StoreSuperseded
 from raypipe.store.client import StoreClient
 from raypipe.tasks.class_list import Change
-from raypipe.tracking.actor import MlflowFollower
+from raypipe.tracking.actor import FollowerClient
 
 RETRY_S = 5.0
 FIRST = 1  # the epoch of a run's first coordinator
-DRAIN_S = 30.0  # how long the end waits for MLflow
 T = TypeVar("T")
-FOLLOW_S = 4.0  # after which MLflow begins to be told
 HEARD_S = 10.0  # in which the machine takes up what somebody asks for
 
 
@@ -62,7 +60,7 @@ class Coordinator:
         self._composition: Composition | None = None
         self._keeping: dict[str, asyncio.Task[None]] = {}
         self._phase = "starting"
-        self._follower: Any = None
+        self._follower: FollowerClient | None = None
         self._summary: dict[str, Any] | None = None
         self._stop_reason = ""
         self._stopped = asyncio.Event()
@@ -73,7 +71,10 @@ class Coordinator:
         made = self._composition = await self._composed()
         shell = made.shell
         await asyncio.to_thread(made.begin)
-        background = [asyncio.create_task(shell.run_lane()), asyncio.create_task(self._follow(made))]
+        background = [asyncio.create_task(shell.run_lane())]
+        if made.config.track.mlflow:
+            self._follower = FollowerClient(made.folder, made.home, self._mlflow)
+            background.append(asyncio.create_task(self._follower.later()))
         try:
             for store in made.config.stores:
                 self._keep(store)
@@ -215,16 +216,6 @@ class Coordinator:
                     raise error
         await running
 
-    async def _follow(self, made: Composition) -> None:
-        """MLflow is told by a process of its own, which takes a core to start: the stores are given work first."""
-        await asyncio.sleep(FOLLOW_S)
-        self._begin_to_follow(made)
-
-    def _begin_to_follow(self, made: Composition) -> None:
-        if made.config.track.mlflow and self._follower is None:
-            folder, home = str(made.folder), str(made.home)
-            self._follower = MlflowFollower.options(**_beside_me()).remote(folder, None, home, self._mlflow)
-
     async def _break_off(self, made: Composition, error: Exception) -> None:
         """The record says that the run failed, if it can still be written."""
         reason = error.message if isinstance(error, RaypipeError) else type(error).__name__
@@ -233,11 +224,11 @@ class Coordinator:
             await asyncio.to_thread(made.shell.publisher.record, "run_finished", {**body, "at": time.time()})
             if made.notary is not None:
                 await asyncio.to_thread(made.notary.finish)
-            if made.config.track.mlflow:
-                await self._drain(made)
+            if self._follower is not None:
+                await self._follower.drain()
 
     async def _close(self, made: Composition) -> dict[str, Any]:
-        shell, machine, track = made.shell, made.machine, made.config.track
+        shell, machine = made.shell, made.machine
         for port in shell.ports.values():
             port.tell()
         stopped, failed = bool(self._stop_reason), machine.started_at is None
@@ -259,7 +250,7 @@ class Coordinator:
         if made.notary is not None:
             await asyncio.to_thread(made.notary.finish)
         self._phase = "handing the record to MLflow"
-        tracked = await self._drain(made) if track.mlflow else None
+        tracked = None if self._follower is None else await self._follower.drain()
         self._summary = {**final, **finished, "run": self._run, "folder": str(made.folder), "mlflow": tracked}
         self._phase = "over"
         return {**self._summary, "board": made.board.snapshot()}
@@ -283,29 +274,6 @@ class Coordinator:
             return task.result()
         task.cancel()
         return None
-
-    async def _drain(self, made: Composition) -> dict[str, Any]:
-        """Give MLflow a while; what it lacks is in the journal and follows later."""
-        self._begin_to_follow(made)
-        answer: dict[str, Any] = {"done": False, "where": "", "trouble": ""}
-        try:
-            async with asyncio.timeout(DRAIN_S + 5):
-                until = time.monotonic() + DRAIN_S
-                while not answer["done"] and time.monotonic() < until and not answer["trouble"]:
-                    answer["done"] = await self._follower.drain.remote(4.0)
-                    answer["trouble"] = "" if answer["done"] else await self._follower.trouble.remote()
-                answer["where"] = await self._follower.where.remote()
-        except (TimeoutError, ray.exceptions.RayError) as error:
-            answer["trouble"] = type(error).__name__
-        return answer
-
-
-def _beside_me() -> dict[str, Any]:
-    """Options that place an actor on this actor's node, where the run's folder is."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    node = ray.get_runtime_context().get_node_id()
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 # A killed coordinator is started again by Ray, and so is `work`, which finds the run's folder and goes on from there.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from raypipe.tracking.follow import Follower
 
 POLL_S = 0.5
+FOLLOW_S = 4.0  # after which a run begins to be told of
+DRAIN_S = 30.0  # how long its end waits
 
 
 class Following:
@@ -86,3 +89,43 @@ class Following:
 # lifetime and the node of the run's folder by `.options(...)`.
 _options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 4}
 MlflowFollower = ray.remote(**_options)(Following)  # type: ignore[call-overload]  # the stubs lack max_concurrency
+
+
+class FollowerClient:
+    """The coordinator's side. `environment`: as above, logins too, for the follower alone; no store sees them."""
+
+    def __init__(self, folder: Path, home: Path, environment: dict[str, str]) -> None:
+        self._what = (str(folder), None, str(home), environment)
+        self._actor: Any = None
+
+    async def later(self) -> None:
+        """It takes a core to start: the stores are given work first."""
+        await asyncio.sleep(FOLLOW_S)
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._actor is None:
+            self._actor = MlflowFollower.options(**_beside_me()).remote(*self._what)
+
+    async def drain(self) -> dict[str, Any]:
+        """Give MLflow a while; what it lacks is in the journal and follows later."""
+        self._begin()
+        answer: dict[str, Any] = {"done": False, "where": "", "trouble": ""}
+        try:
+            async with asyncio.timeout(DRAIN_S + 5):
+                until = time.monotonic() + DRAIN_S
+                while not answer["done"] and time.monotonic() < until and not answer["trouble"]:
+                    answer["done"] = await self._actor.drain.remote(4.0)
+                    answer["trouble"] = "" if answer["done"] else await self._actor.trouble.remote()
+                answer["where"] = await self._actor.where.remote()
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            answer["trouble"] = type(error).__name__
+        return answer
+
+
+def _beside_me() -> dict[str, Any]:
+    """Options that place an actor on this actor's node, where the run's folder is."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
