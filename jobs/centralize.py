@@ -22,6 +22,7 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 from rich.console import Console
 
+from raypipe.cli import exit_code
 from raypipe.config.load import to_dict
 from raypipe.config.schema import RunConfig
 from raypipe.errors import ConfigError, RaypipeError, RunError
@@ -41,19 +42,14 @@ DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 def main(arguments: list[str] | None = None) -> int:
     """One pooled run for each learning rate; the exit code."""
     options = _parser().parse_args(arguments)
-    console = Console()
-    try:
-        config = load_run(options.config or DEFAULT, options.set)
-        _check(config, options.steps)
-        stores = _stores(config)
-        done = [_one(config, lr, options, stores, console) for lr in options.lrs or [config.train.lr]]
-    except RaypipeError as error:
-        for line in error.message.splitlines():
-            print(f"raypipe: {line}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("raypipe: stopped", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _pooled(options, Console()))
+
+
+def _pooled(options: argparse.Namespace, console: Console) -> int:
+    config = load_run(options.config or DEFAULT, options.set)
+    _check(config, options.steps)
+    stores = _stores(config)
+    done = [_one(config, lr, options, stores, console) for lr in options.lrs or [config.train.lr]]
     if len(done) > 1:
         pick = min if lower_is_better(config.evaluate.metric) else max
         best = pick(done, key=lambda account: _validated(account.run))

@@ -23,8 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console()
     _warn_in_one_line()
+    return exit_code(lambda: options.run(options, console))
+
+
+def exit_code(run: Callable[[], int | None]) -> int:
+    """Of a command; what is expected to go wrong is said in a line each."""
     try:
-        return int(options.run(options, console) or 0)
+        return run() or 0
     except RaypipeError as error:
         for line in error.message.splitlines():
             print(f"raypipe: {line}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ def trained(ticket: str, at: float, *, steps: int = 10, num_train: int = 100) ->
 
 def of(kind: type[Any], actions: list[do.Action]) -> list[Any]:
     return [a for a in actions if isinstance(a, kind)]
+
+
+def told(m: Coordinator, diary: Diary, event: ev.Event) -> list[do.Action]:
+    """What it decides, noted before anything is done."""
+    actions = m.handle(event)
+    diary.note(event, actions)
+    return actions
 
 
 def deliver(m: Coordinator, ticket: str, at: float, **report: int) -> list[do.Action]:
@@ -536,12 +544,7 @@ def test_what_is_decided_on_the_way_back_is_of_the_new_epoch_and_numbered_after_
     policy = pace("fedbuff", 1, {"buffer_size": 1, "max_versions": 9})
     m, diary = machine(policy, 1), Diary(tmp_path)
     diary.checkpoint(m.memory())
-
-    def tell(event: ev.Event) -> list[do.Action]:
-        actions = m.handle(event)
-        diary.note(event, actions)
-        return actions
-
+    tell = partial(told, m, diary)
     (train,) = of(do.Train, tell(ev.StoreJoined("s0", 100, 0.0)))
     tell(trained(train.ticket, 1.0))
     tell(ev.UpdateArrived(train.ticket, 4, 1.0))
@@ -560,12 +563,7 @@ def test_a_version_whose_weights_are_lost_is_withdrawn_once(
     policy = pace("wait_for_all", 1, {"max_versions": 9})
     m, diary = machine(policy, 1), Diary(tmp_path)
     diary.checkpoint(m.memory())
-
-    def tell(event: ev.Event) -> list[do.Action]:
-        actions = m.handle(event)
-        diary.note(event, actions)
-        return actions
-
+    tell = partial(told, m, diary)
     (train,) = of(do.Train, tell(ev.StoreJoined("s0", 100, 0.0)))
     for version in (1, 2):
         tell(trained(train.ticket, 1.0))

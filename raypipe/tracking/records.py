@@ -8,7 +8,7 @@ again. Times are seconds since the epoch.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, get_args
 
 Kind: TypeAlias = Literal[
     "run_started",
@@ -34,30 +34,7 @@ Kind: TypeAlias = Literal[
     "run_finished",
     "run_restored",
 ]
-KINDS: tuple[Kind, ...] = (
-    "run_started",
-    "store_joined",
-    "store_left",
-    "store_missing",
-    "store_set_aside",
-    "store_asked",
-    "store_released",
-    "store_closed",
-    "store_paused",
-    "store_went_on",
-    "images_skipped",
-    "ticket_failed",
-    "update_rejected",
-    "classes_planned",
-    "classes_refused",
-    "version_published",
-    "weights_kept",
-    "version_withdrawn",
-    "evaluated",
-    "final",
-    "run_finished",
-    "run_restored",
-)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Status: TypeAlias = Literal["finished", "killed", "failed"]
 
 
