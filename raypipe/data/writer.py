@@ -56,7 +56,7 @@ class SplitWriter:
             path, self._schema, compression="none", use_dictionary=False, write_statistics=False
         )
         self._rows: list[Example] = []
-        self._held = self.num_images = self.num_boxes = 0
+        self._held = self.num_images = 0
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> SplitWriter:
@@ -78,7 +78,6 @@ class SplitWriter:
         self._rows.append(example)
         self._held += len(example.image)
         self.num_images += 1
-        self.num_boxes += len(example.boxes)
         self._digest.update(len(example.image).to_bytes(8, "little"))
         self._digest.update(example.image)
         self._digest.update(_truth(example, self._boxes))

@@ -44,10 +44,6 @@ class Roster:
         """The key that stands."""
         return next((e.key for e in self.enrolments if e.store == store and e.revoked is None), None)
 
-    def knows(self, store: str, key: str) -> bool:
-        """Whether this key was ever the store's."""
-        return any((e.store, e.key) == (store, key) for e in self.enrolments)
-
 
 def enroll(roster: Roster, store: str, key: str, at: float) -> Roster:
     """By hand: from now on this key, and no other, is the store's. Raises ConfigError if it is no key."""
