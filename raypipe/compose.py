@@ -1,6 +1,6 @@
 """All parts of one run, put together; a run that died is taken up where it was left.
 
-Like every file that lies beside the rooms, it may know them all.
+Like every file beside the rooms, it may know them all.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ What a store does to an image, to a label or to a row is done by the same code (
 and versions are judged at the same validation and test splits, each store's own, so that the worst store can be named.
 The record has the kinds of any run: a version a stretch of training, with one contribution, of `pooled`.
 
-With run.py, compose.py and cli.py one of the files that know all rooms. It runs where the stores' data lie.
+Like every file beside the rooms, it may know them all. It runs where the stores' data lie.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ of the run's configuration (the task's `scale`, `class_weights`) and of version 
 run that is taken up again asks nothing twice, and a run that dies meanwhile begins anew. The sums for a head are kept,
 so that `forget` can make that head again without a store.
 
-With run.py, compose.py and cli.py one of the files that know all rooms.
+Like every file beside the rooms, it may know them all.
 """
 
 from __future__ import annotations

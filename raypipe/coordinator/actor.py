@@ -1,6 +1,6 @@
 """The coordinator as a Ray actor: joins the machine, the shell and the stores, and answers who asks how it goes.
 
-It is made by `raypipe.run.compose`, which alone knows all rooms. It lives on the head (or where it was started),
+Its parts are made by `raypipe.compose`, which knows all rooms. It lives on the head (or where it was started),
 asks for no CPU, and keeps its run's folder there.
 """
 

@@ -1,4 +1,4 @@
-"""The parts of one run, put together; `raypipe.run.compose` makes it."""
+"""The parts of one run, put together; `raypipe.compose` makes it."""
 
 from __future__ import annotations
 

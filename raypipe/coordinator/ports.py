@@ -1,4 +1,4 @@
-"""What the shell needs of stores, the global model and the record: each is given by those who have more of them."""
+"""What shell and publisher need of stores, model and record: each is given by those who have more of them."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import http.client
 import importlib.metadata
 import os
@@ -24,6 +23,7 @@ from raypipe.ledger.keys import digest
 from raypipe.ledger.offline import canonical
 from raypipe.ledger.receipts import write_apart
 from raypipe.placement.homes import raypipe_home, stores_home, vaults_home
+from raypipe.store.code import code_hash
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "msgpack", "cryptography")
 CONNECT_S = 3.0
@@ -74,7 +74,7 @@ def look_around(stores: Sequence[str], now: datetime.datetime) -> Facts:
         host=socket.gethostname(),
         at=time.time(),
         versions={"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        code=_code(),
+        code=code_hash(),
         gpus=_gpus(),
         free_bytes=min(shutil.disk_usage(_existing(disk)).free for disk in disks),
         shm_bytes=shutil.disk_usage("/dev/shm").free,
@@ -255,14 +255,6 @@ def _gpus() -> tuple[str, ...]:
     except (OSError, subprocess.TimeoutExpired):
         return ()
     return tuple(line.strip() for line in done.stdout.splitlines() if line.strip()) if not done.returncode else ()
-
-
-def _code() -> str:
-    """As `raypipe.compose.code_hash`, which imports torch."""
-    here, digest = Path(__file__).parent.parent, hashlib.sha256()
-    for file in sorted(here.rglob("*.py")):
-        digest.update(str(file.relative_to(here)).encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 def _version(name: str) -> str:
