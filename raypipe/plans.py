@@ -34,6 +34,7 @@ def plan_of(said: RunConfig, run: str, layout: Layout) -> Plan:
         trained=said.train.trained,
         fix_statistics_from=said.train.fix_statistics_from,
         local=said.train.local,
+        own_statistics=said.evaluate.own_statistics if layout.moments else None,
     )
 
 

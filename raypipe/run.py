@@ -72,8 +72,13 @@ def _class_problems(config: RunConfig) -> list[str]:
 
 
 def _local_problems(config: RunConfig) -> list[str]:
-    """What does not go with entries that stay at their store."""
+    """What does not go with what each store has of its own: entries of the model that stay there, or statistics."""
     train, problems = config.train, list[str]()
+    if config.evaluate.own_statistics is not None:
+        if config.evaluate.central is not None:
+            problems.append("evaluate.own_statistics: not with evaluate.central, which judges as no store does")
+        if train.local is not None:
+            problems.append("evaluate.own_statistics: not with train.local, by which stores keep statistics")
     if train.local is None:
         return problems
     if config.class_changes:

@@ -78,6 +78,8 @@ def measured(made: Composition, ports: dict[str, Any]) -> int:
     try:
         return asyncio.run(last_version(made, ports, best[0], lambda vector: vector.copy()))
     finally:
+        for port in ports.values():
+            port.site.close()
         made.shell.publisher.book.close()
         made.shell.diary.close()
         if made.notary is not None:

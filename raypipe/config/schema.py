@@ -163,9 +163,9 @@ class Evaluate(Section):
     central: str | None = None  # id of a store on the head that only evaluates, if there is one
     alone: bool = True  # at the end, train a model alone at each store with the same number of steps
     test: bool = True  # at the end, read the test split once
-    recalibrate: Count | None = (
-        None  # at the end, measure BatchNorm's statistics, if any, anew by so many images a store
-    )
+    # BatchNorm's statistics, where a model has some:
+    recalibrate: Count | None = None  # at the end, measured anew by all stores, over so many images each
+    own_statistics: Count | None = None  # each store judges with its own, over so many of its images; None: shared ones
 
 
 class Tracking(Section):

@@ -234,18 +234,17 @@ class Coordinator:
         stopped, failed = bool(self._stop_reason), machine.started_at is None
         best = machine.scores.best[0] if machine.scores.best else machine.version
         newest = machine.version
-        words: Judged = ([], {}, {})
+        words = Judged([], {}, {}, {})
         if not failed:
             self._phase = "testing the best version, and each store alone"
             best, words = await self._judged(made, best, test=made.config.evaluate.test and not stopped)
             newest = max(best, newest)
-        table, test, averaged = words
-        final = {"best_version": best, "test": test, "table": table, "reason": made.ending(self._stop_reason)}
-        if averaged:
-            final["average"] = averaged
+        reason = made.ending(self._stop_reason)
+        final = {"best_version": best, "test": words.test, "table": words.table, "reason": reason}
+        final |= {name: found for name in ("average", "exported") if (found := getattr(words, name))}
         await asyncio.to_thread(shell.publisher.record, "final", final)
         status = "failed" if failed else "killed" if stopped else "finished"
-        finished = {"reason": final["reason"], "status": status, "versions": newest, "best_version": best}
+        finished = {"reason": reason, "status": status, "versions": newest, "best_version": best}
         await asyncio.to_thread(shell.publisher.record, "run_finished", {**finished, "at": time.time()})
         if made.notary is not None:
             await asyncio.to_thread(made.notary.finish)
@@ -262,7 +261,7 @@ class Coordinator:
         there = {s: p for s, p in made.shell.ports.items() if s in self._keeping}
         best = await self._unless_stopped(last_version(made, there, best, ray.put)) or best
         judging = judged(made, there, best, test=test, fetchable=ray.put)
-        return best, await self._unless_stopped(judging) or (unjudged(made.board), {}, {})
+        return best, await self._unless_stopped(judging) or Judged(unjudged(made.board), {}, {}, {})
 
     async def _unless_stopped(self, judging: Coroutine[Any, Any, T]) -> T | None:
         """What it comes to, or nothing when somebody wants the run to end now."""

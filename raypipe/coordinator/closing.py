@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raypipe.coordinator.board import Board
 from raypipe.coordinator.notary import Notary
@@ -18,8 +19,19 @@ from raypipe.tasks.metrics import metrics
 if TYPE_CHECKING:
     from raypipe.coordinator.composition import Composition
 
-Judged: TypeAlias = tuple[list[dict[str, Any]], dict[str, float], dict[str, float]]  # see `conclude`
 PATIENCE_S = 600.0  # for all stores together; a store that has trained longer than this trains none alone
+
+
+class Judged(NamedTuple):
+    """A row a store: its numbers from the record, the shared model's and its own model's score on the test split. And
+    the shared model's metrics on all stores' test images together, the run's own metric first; then the same of the
+    running average of the versions; and of the shared model as it is exported, where stores judge with statistics of
+    their own. Empty where there is none."""
+
+    table: list[dict[str, Any]]
+    test: dict[str, float]
+    average: dict[str, float]
+    exported: dict[str, float]
 
 
 async def judged(
@@ -60,15 +72,13 @@ async def conclude(
     average: Handle | None = None,
     averaged: msg.Plan | None = None,
 ) -> Judged:
-    """A row a store: its numbers from the record, the shared model's and its own model's score on the test split; and
-    the shared model's metrics on all stores' test images together, the run's own metric first; and the same of
-    `average`, the running average of the versions, where the server keeps one; `averaged`: its plan, where the class
-    list has changed since the best version.
+    """`average`: the running average of the versions, where the server keeps one; `averaged`: its plan, where the
+    class list has changed since the best version.
 
     The model trained alone starts from version 0 and takes as many steps as the store's share of the run took; it
     never leaves the store. What a store cannot answer in time stays None.
     """
-    raw, newest = msg.encode(plan), msg.encode(averaged or plan)
+    raw, newest, alike = (msg.encode(p) for p in (plan, averaged or plan, replace(plan, own_statistics=None)))
 
     async def shared(store: str, weights: Handle, plan: bytes) -> msg.Evaluation:
         return await ports[store].evaluate(plan, weights, "test")
@@ -94,6 +104,7 @@ async def conclude(
     there = [s for s, row in rows.items() if row["state"] in ("ready", "training") and s in ports]
     judged = await _all({s: shared(s, best, raw) for s in there if test})
     mean = await _all({s: shared(s, average, newest) for s in there if test and average is not None})
+    exported = await _all({s: shared(s, best, alike) for s in there if test and plan.own_statistics is not None})
     able = [s for s in there if test and alone and rows[s]["steps"] and rows[s]["seconds"] < PATIENCE_S]
     alone_judged = await _all({s: own(s, rows[s]["steps"]) for s in able})
 
@@ -101,7 +112,7 @@ async def conclude(
         return _metrics([evaluation]).get(board.metric)
 
     table = [{**r, "shared": score(judged.get(s)), "alone": score(alone_judged.get(s))} for s, r in rows.items()]
-    return table, _pooled(judged, board.metric), _pooled(mean, board.metric)
+    return Judged(table, *(_pooled(answers, board.metric) for answers in (judged, mean, exported)))
 
 
 def _pooled(judged: dict[str, msg.Evaluation | None], metric: str) -> dict[str, float]:

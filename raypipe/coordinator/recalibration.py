@@ -3,7 +3,9 @@
     the best version, the newest, the running average  ->  statistics by all stores, layer after layer
                                                        ->  judged on validation  ->  better than the best? a version
 
-See aggregation/statistics.py for why. The running average (`server: ema`) is judged also where nothing is measured. A
+See aggregation/statistics.py for why. Where stores judge with statistics of their own (`evaluate.own_statistics`) the
+version's do not show in a score: then the best of those with statistics measured anew is the last version anyhow, since
+it is what is exported. The running average (`server: ema`) is judged also where nothing is measured. A
 store that fails or is late is left out from then on: what is had without it is judged like any other. A coordinator
 that dies meanwhile begins with this anew.
 """
@@ -83,7 +85,8 @@ async def last_version(
     order = await asyncio.to_thread(made.norms, newest) if num_images is not None else []
     stage, scores, shell = made.stages.at(newest), made.machine.scores, made.shell
     images = {row["store"]: int(row["images"]) for row in made.board.snapshot()["rows"]}
-    than, found = None if scores.best is None else scores.best[1], None
+    hidden = bool(order) and stage.plan.own_statistics is not None
+    than, found = None if hidden or scores.best is None else scores.best[1], None
     versions = sorted({best, newest}) if order else []
     candidates = [Candidate(v, await asyncio.to_thread(made.read, v)) for v in versions]
     candidates = [one for one in candidates if made.stages.at(one.of or 0) is stage]

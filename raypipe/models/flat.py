@@ -160,6 +160,11 @@ class FlatModel:
         """The local entries, a view: float32, of `layout.local`."""
         return self.vector[self.layout.local]
 
+    @property
+    def moving_norms(self) -> list[_NormBase]:
+        """Layers of BatchNorm whose statistics are not frozen."""
+        return [norm for norm in self._norms if norm not in self._still]
+
     def load(self, base: Array) -> None:
         """Take a version's whole vector; `base` may be read-only shared memory."""
         np.copyto(self._host.numpy(), base)

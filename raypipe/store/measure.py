@@ -13,8 +13,8 @@ They are of all rows at once, and the policy says whether they may leave the sto
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -139,7 +139,7 @@ def measured_statistics(
     models/norms.Sums.packed. None if told to stop. Raises StoreRefused for a layer that the model does not have."""
     if layer not in dict(model.module.named_modules()):
         raise StoreRefused(f"the model has no layer {layer!r}")
-    chosen = np.unique(np.linspace(0, examples.num - 1, min(num_images, examples.num)).astype(np.int64))
+    chosen = _evenly(examples, num_images)
     picks = (chosen[start : start + _batch(task)] for start in range(0, len(chosen), _batch(task)))
     model.eval()
     with (
@@ -155,6 +155,50 @@ def measured_statistics(
     if not sums.num:
         raise StoreRefused("none of the images chosen to measure by can be read")
     return sums.packed()
+
+
+@contextmanager
+def own_statistics(
+    model: FlatModel, task: Task, examples: Examples, num_images: int, max_bad_share: float, stopped: Callable[[], bool]
+) -> Iterator[None]:
+    """Within it BatchNorm has the statistics of these images, as the loaded weights see them, evenly chosen and so many
+    at most; after it those that were loaded. AdaBN, Li et al. 2016, arXiv:1603.04779; shared weights with statistics of
+    each site's own are SiloBN, Andreux et al. 2020, arXiv:2008.07424.
+
+    Each layer is normalised by what it is given, so that those behind it see what they will see when it is judged.
+    Raises StoreRefused: there are not two images that can be read.
+    """
+    norms, chosen = model.moving_norms, _evenly(examples, num_images)
+    alike = np.array_split(chosen, -(-len(chosen) // _batch(task)))  # so that each image counts about as much
+    loaded = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        model.eval()
+        for norm in norms:
+            norm.train()
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+        seen = 0
+        with torch.inference_mode(), closing(examples.batches(iter(alike), model.device, max_bad_share)) as stream:
+            for inputs, targets in stream:
+                if stopped():
+                    break  # nor will it be judged
+                if len(inputs) > 1:
+                    forward(model.module, task, inputs, targets)()
+                    seen += len(inputs)
+        if not seen and not stopped():
+            raise StoreRefused("statistics of the store's own need at least 2 training images that can be read")
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for buffer, before in loaded:
+            buffer.copy_(before)
+
+
+def _evenly(examples: Examples, num_images: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """So many examples, from all over the split."""
+    return np.unique(np.linspace(0, examples.num - 1, min(num_images, examples.num)).astype(np.int64))
 
 
 def forward(module: Any, task: Task, inputs: Any, targets: torch.Tensor) -> Callable[[], object]:

@@ -40,7 +40,7 @@ SPOKEN = (PROTOCOL - 1, PROTOCOL)  # so that stores and coordinators need not be
 # What PROTOCOL has brought; all of it has defaults.
 NEW = {
     "Card": {"key", "head_size", "code", "machine"},
-    "Plan": {"update", "trained", "fix_statistics_from", "local"},
+    "Plan": {"update", "trained", "fix_statistics_from", "local", "own_statistics"},
     "Ticket": {"base"},
     "Report": {"digest", "signature", "cosignature", "after", "data_hash"},
     "Refusal": {"wait_s"},
@@ -92,6 +92,7 @@ class Plan:
     trained: str | list[str] = "all"  # "head", or patterns of tensors' names: the rest is frozen
     fix_statistics_from: float | None = None  # progress from which BatchNorm's statistics are the version's own
     local: str | list[str] | None = None  # "norms", or patterns of tensors' names: they stay at the store
+    own_statistics: int | None = None  # training images over which BatchNorm's are measured before a split is judged
 
     def fixes_statistics(self, progress: float) -> bool:
         """Of a ticket that begins at this progress."""

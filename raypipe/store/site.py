@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from raypipe.store.attest import Attestor
 from raypipe.store.control import Clock, Control, Controls
 from raypipe.store.kept import begin, keeps, key_of, left
 from raypipe.store.lesson import Admitted, learn, report_of
-from raypipe.store.measure import What, measured
+from raypipe.store.measure import What, measured, own_statistics
 from raypipe.store.messages import PROTOCOL, Card, Command, Evaluation, Part, Plan, Refusal, Report, Ticket, Verdict
 from raypipe.store.outbox import Outbox, Point, open_outbox
 from raypipe.store.policy import read_policy
@@ -311,10 +311,19 @@ class Site:
         images = self._shelf.images(plan, learner.task, split)
         start = self._clock()
         share = self._shelf.max_bad_share(plan)
-        result = evaluate(learner.model, learner.task, images, control, share, self._clock)
+        with self._own_statistics(plan, learner, control):
+            result = evaluate(learner.model, learner.task, images, control, share, self._clock)
         if result is None:
             return None
         return Evaluation(self.store, split, result[1], result[0], self._clock() - start)
+
+    def _own_statistics(self, plan: Plan, learner: Learner, control: Control) -> AbstractContextManager[None]:
+        """Within it the store's own stand in the model, where the plan says so and it has some."""
+        if plan.own_statistics is None or not learner.model.moving_norms:
+            return nullcontext()
+        examples, share = self._shelf.images(plan, learner.task, "train"), self._shelf.max_bad_share(plan)
+        about = (learner.model, learner.task, examples, plan.own_statistics, share)
+        return own_statistics(*about, lambda: control.stops(self._clock))
 
     def _fenced(self, run: str, epoch: int) -> Outbox:
         """The run's outbox, for a coordinator of this epoch. Raises StoreSuperseded."""

@@ -129,7 +129,9 @@ def show_summary(console: Console, summary: Mapping[str, Any], next_command: str
     alone = [row["alone"] for row in table if row["alone"] is not None]
     test = next(iter(summary["test"].values()), None)
     if test is not None:
-        lines.append(f"shared model on the test set: {figure(metric, test)}" + _against(metric, test, alone))
+        exported = next(iter(summary.get("exported", {}).values()), None)
+        how = "" if exported is None else f"; with the version's own statistics: {figure(metric, exported)}"
+        lines.append(f"shared model on the test set: {figure(metric, test)}{_against(metric, test, alone)}{how}")
     if (average := next(iter(summary.get("average", {}).values()), None)) is not None:
         lines.append(f"running average of all versions on the test set: {figure(metric, average)}")
     if summary["best_version"] is not None and board["best"]:

@@ -251,6 +251,7 @@ class Final(TypedDict):
     best_version: int
     test: dict[str, float]
     average: NotRequired[dict[str, float]]  # the running average of the versions, on the test set, where there is one
+    exported: NotRequired[dict[str, float]]  # where stores judge with statistics of their own: with the version's
     table: list[dict[str, Any]]  # a row a store
     reason: str
     judged: NotRequired[int]  # of a pooled run: how often it was judged by its validation metric
