@@ -98,7 +98,7 @@ class Publisher:
         written.result()
         self.room.patiently(self.diary.sync)
         self.record("version_published", body)
-        self.unjudged = {v for v in self.unjudged if v > action.version - UNJUDGED}
+        self.unjudged -= {v for v in tuple(self.unjudged) if v <= action.version - UNJUDGED}  # the loop's thread adds
         self.bases.handles[action.version] = fetchable.result()
         return ev.Published(action.version, self.clock())
 
