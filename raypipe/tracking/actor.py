@@ -34,6 +34,7 @@ class Following:
         `environment`: MLFLOW_* settings for this process alone, set before MLflow is imported.
         """
         os.environ.update(environment or {})
+        os.nice(19)  # on one machine the stores' training goes first; when it ends, all of a core is free for this
         self._where = (Path(run_dir), uri, Path(home) if home else None)
         self._stop = threading.Event()
         self._trouble = "starting"
