@@ -14,6 +14,7 @@ import pytest
 from conftest import CLASSES, ROOT
 
 from raypipe.errors import ConfigError
+from raypipe.run import load_run
 from raypipe.tracking.compare import COLUMNS, WORST, account_of, as_table, columns_of, compare
 from raypipe.tracking.console import ratios_table
 from raypipe.tracking.journal import Record
@@ -72,6 +73,23 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row() -> None:
     assert first["spread"] == pytest.approx(0.2 / math.sqrt(2))
     assert first["worst_store"] == pytest.approx(0.5), "of any store in any run"
     assert second["spread"] is None
+
+
+def test_a_key_that_came_later_parts_no_runs_nor_does_for_pooled_ones_what_only_a_federation_does() -> None:
+    now = load_run(ROOT / "configs/sync.yaml").model_dump(mode="json") | {"task": TASK}
+    before = {**now, "train": {k: v for k, v in now["train"].items() if k != "control_variates"}}
+    other = {**now, "pace": "fedbuff", "evaluate": {**now["evaluate"], "recalibrate": 64}}
+
+    def rows(*configs: dict[str, Any], pooled: bool) -> list[int]:
+        of = [{k: v for k, v in said.items() if k != "seed"} for said in configs]
+        runs = [history(f"shelf-{n}", 0.6, seed=n, pooled=pooled, **said) for n, said in enumerate(of)]
+        return [len(row.accounts) for row in compare([account_of(run) for run in runs]).rows]
+
+    assert rows(now, before, pooled=False) == [2]
+    assert rows(now, before, other, pooled=False) == [2, 1]
+    assert rows(now, before, other, pooled=True) == [3]
+    warmer = {**now, "train": {**now["train"], "lr": 0.3}}
+    assert rows(now, warmer, pooled=True) == [1, 1]
 
 
 def test_a_pooled_row_is_what_the_others_are_measured_by() -> None:

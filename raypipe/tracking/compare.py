@@ -11,10 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
+from pydantic import ValidationError
+
+from raypipe.config.schema import RunConfig
 from raypipe.errors import ConfigError
 from raypipe.tasks.metrics import lower_is_better
 from raypipe.tracking.lineage import History, flat_params, metric_of
@@ -23,6 +27,7 @@ from raypipe.tracking.ratio import Ratio, ratio
 
 WORST = "worst store"
 UNSEEN = ("seed", "track.", "task.scale", "task.class_weights")  # what may differ between runs of one row
+UNPOOLED = ("pace", "pacing.", "update", "server", "ledger.", "evaluate.recalibrate", "evaluate.own_statistics")
 COLUMNS = (
     "arm", "runs", "split", "quality", "spread", "worst_store", "of_pooled", "of_pooled_low", "worst_of_pooled",
     "worst_of_pooled_low", "seconds", "bytes_up", "bytes_down", "pooling_bytes", "steps", "examples", "versions",
@@ -118,7 +123,7 @@ def account_of(history: History) -> Account:
         pooled=bool(body.get("pooled")),
         metric=metric,
         learned=_learned(body["config"], metric),
-        settings={k: v for k, v in flat_params(body["config"]).items() if not k.startswith(UNSEEN)},
+        settings=_settings(body["config"], pooled=bool(body.get("pooled"))),
         data=tuple(sorted((row["store"], str(row.get("hash"))) for row in joined)),
         split=split,
         quality=quality,
@@ -243,6 +248,15 @@ def _learned(config: Mapping[str, Any], metric: str) -> str:
     if isinstance(classes, list):
         number += f" ({hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:4]})"
     return f"{task['name']}{target}{number} by {metric}"
+
+
+def _settings(config: Mapping[str, Any], *, pooled: bool) -> dict[str, str]:
+    """As a run of today would have them: one recorded before a key was there has its default. Of a pooled run without
+    what only a federation does."""
+    with suppress(ValidationError):  # of a part that is not installed here, or of a key that is gone
+        config = RunConfig.model_validate(config).model_dump(mode="json")
+    skipped = (*UNSEEN, *UNPOOLED) if pooled else UNSEEN
+    return {key: value for key, value in flat_params(config).items() if not key.startswith(skipped)}
 
 
 def _key(account: Account) -> str:
