@@ -1,4 +1,4 @@
-"""Console verbs about a run's versions: versions, promote, rollback, predict, track. Thin; see cli.py."""
+"""Console verbs about a run's versions: versions, promote, rollback, predict, adapt, track. Thin; see cli.py."""
 
 from __future__ import annotations
 
@@ -23,9 +23,17 @@ def add(verb: Verb) -> None:
     rollback = verb("rollback", _rollback, "give an alias back to the version that had it before")
     rollback.add_argument("model", metavar="MODEL", help="a registered model's name")
     rollback.add_argument("--as", dest="alias", default="champion")
-    predict = verb("predict", _predict, "print a label for each image")
-    predict.add_argument("model", metavar="MODEL", help="models:/NAME@champion, RUN, or RUN:VERSION")
+    model = "models:/NAME@champion, RUN, RUN:VERSION, or a .safetensors file"
+    predict = verb("predict", _predict, "print a label for each image, or the boxes found in it, in its own pixels")
+    predict.add_argument("model", metavar="MODEL", help=model)
     predict.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
+    predict.add_argument("--score", type=float, help="leave out boxes that are less probable; default: 0.25")
+    own = "with BatchNorm's statistics of a data set's training images, STORE/data/NAME"
+    predict.add_argument("--statistics-of", type=Path, metavar="FOLDER", help=own)
+    adapt = verb("adapt", _adapt, "write a version with BatchNorm's statistics of one store's images into a file")
+    adapt.add_argument("model", metavar="MODEL", help=model)
+    adapt.add_argument("--statistics-of", type=Path, metavar="FOLDER", required=True, help="STORE/data/NAME")
+    adapt.add_argument("--to", type=Path, metavar="FILE.safetensors", required=True, help="a new file")
     track = verb("track", _track, "bring MLflow up to date with a run's record")
     track.add_argument("which", metavar="RUN")
 
@@ -81,19 +89,40 @@ def _rollback(options: argparse.Namespace, console: Console) -> int:
 
 
 def _predict(options: argparse.Namespace, console: Console) -> int:
-    from raypipe.tracking.book import run_folder
-    from raypipe.tracking.registry import predict
+    from raypipe.use import predict
 
-    source, version = options.model, None
-    if not source.startswith("models:/") and not Path(source).is_file():
-        run, _, number = source.partition(":")
-        if number and not number.isdigit():
-            raise ConfigError(f"{source}: write RUN, RUN:VERSION with a number, models:/NAME@alias, or a file")
-        source, version = str(run_folder(run)), int(number) if number else None
-    for found in predict(source, options.images, version=version):
-        line = f"{found.path}  {found.label}  {found.probability:.1%}"
+    source, version = _model(options.model)
+    own, score = options.statistics_of, options.score
+    for found in predict(source, options.images, version=version, statistics_of=own, score=score):
+        line = f"{found.path}  nothing found"
+        if found.label is not None:
+            line = f"{found.path}  {found.label}  {found.probability:.1%}"
+        if found.box is not None:
+            line += "  " + ",".join(f"{side:.0f}" for side in found.box)
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _adapt(options: argparse.Namespace, console: Console) -> int:
+    from raypipe.use import adapt
+
+    source, version = _model(options.model)
+    adapt(source, options.statistics_of, options.to, version=version)
+    line = f"{options.to}: {options.model} with BatchNorm's statistics of {options.statistics_of}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _model(said: str) -> tuple[str, int | None]:
+    """MODEL as a source of weights, and the version where a run is named with one."""
+    from raypipe.tracking.book import run_folder
+
+    if said.startswith("models:/") or Path(said).is_file():
+        return said, None
+    run, _, number = said.partition(":")
+    if number and not number.isdigit():
+        raise ConfigError(f"{said}: write RUN, RUN:VERSION with a number, models:/NAME@alias, or a file")
+    return str(run_folder(run)), int(number) if number else None
 
 
 def _track(options: argparse.Namespace, console: Console) -> int:

@@ -45,8 +45,8 @@ from raypipe.tasks import tasks
 from raypipe.tasks.class_list import Change, ClassList, lists, placed
 from raypipe.tasks.metrics import metrics
 from raypipe.tracking.lineage import read_history
-from raypipe.tracking.registry import predict
 from raypipe.tracking.versions import VersionStore
+from raypipe.use import predict
 
 sys.path.insert(0, str(ROOT / "jobs"))
 

@@ -309,8 +309,9 @@ def test_a_store_is_forgotten_as_if_it_had_never_been_asked(
     from raypipe.coordinator.asking import Answers
     from raypipe.prelude import prepare
     from raypipe.store.messages import expect
-    from raypipe.tracking.registry import load_weights, predict
+    from raypipe.tracking.registry import load_weights
     from raypipe.tracking.sums import read_sums
+    from raypipe.use import predict
 
     monkeypatch.setenv("RAYPIPE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

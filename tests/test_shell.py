@@ -221,7 +221,8 @@ def test_a_users_own_model_loss_and_reader_train_and_promote_like_ours(
 ) -> None:
     from raypipe import registry
     from raypipe.tracking.follow import follow
-    from raypipe.tracking.registry import predict, promote
+    from raypipe.tracking.registry import promote
+    from raypipe.use import predict
 
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "own_parts"))
     registry._entry_points.cache_clear()

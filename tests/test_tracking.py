@@ -31,9 +31,10 @@ from raypipe.tracking.journal import FILE, Journal
 from raypipe.tracking.lineage import flat_params, list_versions, model_card
 from raypipe.tracking.mlflow_sink import Sink, hide_login
 from raypipe.tracking.records import RunStarted
-from raypipe.tracking.registry import load_weights, predict, promote, rollback
+from raypipe.tracking.registry import load_weights, promote, rollback
 from raypipe.tracking.versions import FOLDER, Retention, VersionStore, read_file
 from raypipe.types import Layout, Role
+from raypipe.use import predict
 
 RUN = "shelf.1"  # a dot, since MLflow's models may not have one in their names
 TASK = {"name": "classification", "classes": ["boot", "coat", "hat"], "image_size": 8, "channels": 1}

@@ -14,10 +14,13 @@ from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from raypipe.data.dataset import Mask, Pixels
 from raypipe.errors import ConfigError
 
+Sizes: TypeAlias = NDArray[np.int64]
+Corners: TypeAlias = NDArray[np.float64]
 Blob: TypeAlias = Any  # bytes or anything with the buffer protocol; None where a row has no image
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -38,10 +41,18 @@ def decode_images(
     Channels are 1 (grey) or 3 (RGB). EXIF orientation is respected; another shape is resized to the square,
     not cropped, or with `letterbox` fitted into it. Threads pay for photographs, not for thumbnails.
     """
+    return decode_sized(blobs, size=size, channels=channels, threads=threads, letterbox=letterbox)[:2]
+
+
+def decode_sized(
+    blobs: Sequence[Blob], *, size: int, channels: int, threads: int = 1, letterbox: bool = False
+) -> tuple[Pixels, Mask, Sizes]:
+    """The same, and each image's own width and height, (n, 2), after EXIF orientation; 0 where it is broken."""
     if channels not in (1, 3):
         raise ConfigError(f"images have 1 or 3 channels, not {channels}")
     pixels = np.zeros((len(blobs), channels, size, size), np.uint8)
     good = np.zeros(len(blobs), np.bool_)
+    sizes = np.zeros((len(blobs), 2), np.int64)
 
     def work(first: int) -> None:
         for i in range(first, len(blobs), threads):
@@ -49,14 +60,14 @@ def decode_images(
             if image is not None:
                 square = _letterboxed(image, size) if letterbox else _resize(image, size, size)
                 pixels[i] = square.reshape(size, size, channels).transpose(2, 0, 1)
-                good[i] = True
+                good[i], sizes[i] = True, image.shape[1::-1]
 
     if threads == 1:
         work(0)
     else:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(work, range(threads)))
-    return pixels, good
+    return pixels, good, sizes
 
 
 def is_whole(raw: memoryview) -> bool:
@@ -82,6 +93,16 @@ def fitted(width: int, height: int, size: int) -> tuple[int, int, int, int]:
     scale = size / max(width, height, 1)
     wide, high = max(1, round(width * scale)), max(1, round(height * scale))
     return (size - wide) // 2, (size - high) // 2, wide, high
+
+
+def unfitted(corners: Corners, width: int, height: int, size: int) -> Corners:
+    """Boxes (k, 4) in a square into which an image was `fitted`, in the image's own pixels, cut to it.
+
+    Left, top, right, bottom; one that lies beside the image altogether comes out without a width or a height.
+    """
+    left, top, wide, high = fitted(width, height, size)
+    own = (corners - (left, top, left, top)) * (width / wide, height / high, width / wide, height / high)
+    return np.clip(own, 0, (width, height, width, height))
 
 
 def _letterboxed(image: Pixels, size: int) -> Pixels:

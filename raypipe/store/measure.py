@@ -169,7 +169,8 @@ def own_statistics(
     Raises StoreRefused: there are not two images that can be read.
     """
     norms, chosen = model.moving_norms, _evenly(examples, num_images)
-    alike = np.array_split(chosen, -(-len(chosen) // _batch(task)))  # so that each image counts about as much
+    size = max(2, _batch(task))  # of one image alone nothing is measured
+    alike = np.array_split(chosen, -(-len(chosen) // size))  # so that each image counts about as much
     loaded = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     momenta = [norm.momentum for norm in norms]
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,13 +15,14 @@ import torch
 from torch import nn
 
 from raypipe.data.dataset import StoreData, TableSplit, open_data
-from raypipe.errors import StoreClosed, StoreRefused
+from raypipe.errors import ConfigError, StoreClosed, StoreRefused
 from raypipe.models import build_for
 from raypipe.models.flat import FlatModel, layout_of
 from raypipe.models.heads import freeze
 from raypipe.store.batches import Examples, Images
 from raypipe.store.messages import Plan
-from raypipe.store.policy import Policy
+from raypipe.store.policy import FILE as POLICY
+from raypipe.store.policy import DataSet, Policy, read_policy
 from raypipe.store.rows import Rows
 from raypipe.store.targets import chosen, targets_of
 from raypipe.tasks import Task, tasks
@@ -93,18 +95,9 @@ class Shelf:
 
     def _examples(self, name: str, task: Task, split: str, room: int) -> Examples:
         """A split as the task reads it; of what is decoded so many bytes are kept."""
-        data, what = self.data(name), f"split {split!r} of data set {name!r}"
-        opened = data.split(split)
-        if (task.table is not None) != isinstance(opened, TableSplit):
-            holds, needs = ("rows of a table", "labelled images") if task.table is None else ("images", "rows")
-            raise StoreRefused(f"{what} holds {holds}, the task needs {needs}")
-        if task.table is not None:
-            return Rows(opened, task, task.table, what=what, max_bytes=room, threads=self._threads)
-        names = self._policy.data[name].names
-        classes = tuple(names.get(own, own) for own in data.classes)
-        opened = chosen(opened, classes, task)
-        targets, labelled = targets_of(opened, classes, task, what), task.labelled(classes)
-        return Images(opened, targets, task, what=what, max_bytes=room, threads=self._threads, labelled=labelled)
+        data, names = self.data(name), self._policy.data[name].names
+        what = f"split {split!r} of data set {name!r}"
+        return examples_of(data, names, task, split, what=what, max_bytes=room, threads=self._threads)
 
     def max_bad_share(self, plan: Plan) -> float:
         """The stricter of the plan and the policy."""
@@ -130,3 +123,41 @@ class Shelf:
         if weights.shape != (layout.size,) or weights.dtype != np.float32:
             raise StoreRefused(f"weights are {weights.dtype} of shape {weights.shape}, not float32 ({layout.size},)")
         return self._learners[key]
+
+
+def examples_of(
+    data: StoreData, names: Mapping[str, str], task: Task, split: str, *, what: str, max_bytes: int, threads: int
+) -> Examples:
+    """A split as the task reads it; `names`: classes as the store calls them -> as federations do. Raises StoreRefused.
+
+    `what`: the split, for messages; of what is decoded so many bytes are kept.
+    """
+    opened = data.split(split)
+    if (task.table is not None) != isinstance(opened, TableSplit):
+        holds, needs = ("rows of a table", "labelled images") if task.table is None else ("images", "rows")
+        raise StoreRefused(f"{what} holds {holds}, the task needs {needs}")
+    if task.table is not None:
+        return Rows(opened, task, task.table, what=what, max_bytes=max_bytes, threads=threads)
+    classes = tuple(names.get(own, own) for own in data.classes)
+    opened = chosen(opened, classes, task)
+    targets, labelled = targets_of(opened, classes, task, what), task.labelled(classes)
+    return Images(opened, targets, task, what=what, max_bytes=max_bytes, threads=threads, labelled=labelled)
+
+
+def training_images(folder: Path, task: Task) -> tuple[Examples, float]:
+    """The training split of a data set's folder, and the share of it that may be unreadable.
+
+    In the words and by the reader of the policy two folders up, as a store's own site reads it, where one names it.
+    Raises ConfigError, StoreRefused.
+    """
+    if not folder.is_dir():
+        raise ConfigError("no such folder; a store's data set lies in STORE/data/NAME")
+    home = folder.absolute().parent.parent
+    policy = read_policy(home) if (home / POLICY).is_file() else Policy(store="here")
+    own = [offered for offered in policy.data.values() if offered.folder.resolve() == folder.resolve()]
+    offered = own[0] if own else DataSet(folder=folder)
+    data = open_data(folder, name=folder.name, reader=offered.reader)
+    what = f"split 'train' of data set {folder.name!r}"
+    examples = examples_of(data, offered.names, task, "train", what=what, max_bytes=0, threads=1)
+    examples.check(policy.max_bad_share)
+    return examples, policy.max_bad_share

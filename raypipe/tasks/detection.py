@@ -74,12 +74,16 @@ def detection(
         loss: Tensor = module.loss(images, targets[targets[:, 6] == 0], **some)
         return loss
 
+    def find(module: Any, images: Tensor, least: float, among: Sequence[int] | None = None) -> list[Tensor]:
+        found: list[Tensor] = module.detect(images, score=least, overlap=overlap, most=MOST)
+        asked = live if among is None else among
+        if asked is None:
+            return found
+        return [seen[(seen[:, 5:6] == seen.new_tensor(asked)).any(1)] for seen in found]
+
     def judge(module: Any, images: Tensor, targets: Tensor, among: Sequence[int] | None = None) -> dict[str, float]:
-        found = module.detect(images, score=score, overlap=overlap, most=MOST)
-        rows, sums, asked = targets.cpu().numpy(), Counter[str](), live if among is None else among
-        for image, seen in enumerate(found):
-            if asked is not None:
-                seen = seen[(seen[:, 5:6] == seen.new_tensor(asked)).any(1)]
+        rows, sums = targets.cpu().numpy(), Counter[str]()
+        for image, seen in enumerate(find(module, images, score, among)):
             sums.update(_judged(seen, rows[rows[:, 0] == image], num_bins))
         return {name: float(value) for name, value in sums.items()}
 
@@ -101,7 +105,7 @@ def detection(
         sums=_no_outputs,
         predict=_no_outputs,
         metrics=("map50", "map"),
-        boxes=Boxes(step, judge, changes),
+        boxes=Boxes(step, judge, find, changes),
         places=places,
         unknown=unknown,
         absent=absent,

@@ -48,6 +48,9 @@ class Boxes:
     # `version`: a module as it was at first, by which is known where others stand
     step: Callable[..., Tensor]
     judge: Callable[..., dict[str, float]]  # the same arguments -> sums by name
+    # (module, prepared images, `least`) -> for each image rows as models/detector.py has them, those of classes that
+    # there are, above this score
+    find: Callable[..., list[Tensor]]
     augment: Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]] | None  # of a uint8 batch, to train
 
 

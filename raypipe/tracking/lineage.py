@@ -200,10 +200,16 @@ def model_card(started: RunStarted, version: int, task: Mapping[str, Any] | None
     """What turns a file of weights into predictions: the parts to build, as the run's configuration has them; the
     `task` of that version, where its class list is another.
 
+    Also what was `trained` where that is not all, and over how many images a store has measured `own_statistics`.
     Nothing that differs between equal runs: equal seeds give equal files.
     """
     config = started["config"]
-    return {"version": version, "task": dict(task or config["task"]), "model": config["model"]}
+    said = {
+        "trained": config.get("train", {}).get("trained", "all"),
+        "own_statistics": config.get("evaluate", {}).get("own_statistics"),
+    }
+    more = {key: value for key, value in said.items() if value not in ("all", None)}
+    return {"version": version, "task": dict(task or config["task"]), "model": config["model"], **more}
 
 
 @dataclass(frozen=True, slots=True)

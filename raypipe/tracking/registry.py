@@ -1,4 +1,4 @@
-"""Promote versions to the model registry, go back, and use what is there.
+"""Promote versions to the model registry, go back, and open what is there; raypipe/use.py says what it is used for.
 
 A promoted version gets a small child run of its own with its parameters and metrics: the page that compares
 registered versions shows those of their runs, so versions that share a run would look identical. Beside the module,
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 CHAMPION, PREVIOUS = "champion", "previous"
 WEIGHTS, CARD = "state.safetensors", "raypipe.json"
 log = logging.getLogger(__name__)
-BATCH = 64  # images predicted at once
 REGISTERED = re.compile(r"^models:/[^/:@]+(@[^/:@]+|/[0-9]+)$")
 
 
@@ -54,15 +53,6 @@ class Promotion:
         return f"models:/{self.name}@{self.alias}"
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """The most probable label; its index as text where the task names no classes."""
-
-    path: Path
-    label: str
-    probability: float
-
-
 def promote(
     run_dir: Path, version: int, *, alias: str = CHAMPION, uri: str | None = None, home: Path | None = None
 ) -> Promotion:
@@ -75,7 +65,7 @@ def promote(
     body, started = history.version(version), history.run()
     store.pin(version)
     card = history.card(version)
-    module, task = _module(card, store.read(version, history.file_hash(version)))
+    module, task = module_of(card, store.read(version, history.file_hash(version)))
     name = started["register_as"]
     if started["config"]["train"].get("local") and not started.get("pooled"):
         log.warning("version %d has the local weights that its run began with, and no store's own", version)
@@ -125,7 +115,7 @@ def load_weights(source: str, layout: Layout, *, uri: str | None = None, home: P
     Raises ConfigError in one line when they do not fit the model or are not finite.
     """
     try:
-        vector = vector_from(layout, _open(source, uri, home)[0])
+        vector = vector_from(layout, open_weights(source, uri, home)[0])
     except ConfigError as error:
         more = f" (and {len(error.problems) - 1} more like this)" if len(error.problems) > 1 else ""
         raise ConfigError(f"weights from {source}: {error.problems[0]}{more}") from None
@@ -134,48 +124,11 @@ def load_weights(source: str, layout: Layout, *, uri: str | None = None, home: P
     return vector
 
 
-def predict(
-    source: str,
-    images: Sequence[Path],
-    *,
-    version: int | None = None,
-    uri: str | None = None,
-    home: Path | None = None,
-) -> list[Prediction]:
-    """Labels for images, decoded and normalised as in training.
-
-    `source`: `models:/NAME@alias`, a .safetensors file that raypipe wrote, or a run's folder (then `version`; None
-    for the best one). Raises ConfigError with every image that cannot be read, a line each.
-    """
-    import torch
-
-    tensors, card = _open(source, uri, home, version)
-    if not {"task", "model"} <= set(card):
-        raise ConfigError(f"{source} does not say to which model its weights belong: only raypipe's own files do")
-    module, task = _module(card, tensors)
-    if task.table is not None:
-        raise ConfigError(f"{source} reads rows of a table, and `raypipe predict` reads images")
-    if task.boxes is not None:
-        raise ConfigError(f"{source} finds boxes, and `raypipe predict` says one label an image")
-    pixels = _decode(images, task)
-    found: list[Prediction] = []
-    with torch.inference_mode():
-        for first in range(0, len(images), BATCH):
-            outputs = module(task.prepare(torch.from_numpy(pixels[first : first + BATCH])))
-            if task.live is not None:  # the others are no answer
-                gone = sorted({*range(task.num_outputs)} - {*task.live})
-                outputs[:, gone] = -torch.inf
-            chances, labels = outputs.softmax(1), task.predict(outputs).tolist()
-            for i, label in enumerate(labels):
-                text = task.classes[label] if task.classes else str(label)
-                found.append(Prediction(images[first + i], text, float(chances[i, label])))
-    return found
-
-
-def _open(
+def open_weights(
     source: str, uri: str | None, home: Path | None, version: int | None = None
 ) -> tuple[Tensors, dict[str, Any]]:
-    """Tensors by name and, where it is there, the card."""
+    """Tensors by name and, where it is there, the card: of `models:/NAME@alias`, a .safetensors file, or a run's folder
+    (then `version`; None for the best one). Raises ConfigError, RunError."""
     if source.startswith("models:"):
         return _open_registered(source, uri, home)
     path = Path(source)
@@ -216,7 +169,7 @@ def _open_registered(source: str, uri: str | None, home: Path | None) -> tuple[T
         return {key: tensor.cpu().numpy() for key, tensor in state.items()}, {}
 
 
-def _module(card: Mapping[str, Any], tensors: Tensors) -> tuple[nn.Module, Task]:
+def module_of(card: Mapping[str, Any], tensors: Tensors) -> tuple[nn.Module, Task]:
     """The model of a card with these weights, in evaluation mode, and its task."""
     import torch
 
@@ -249,20 +202,6 @@ def _shapes(task: Task) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
     if task.boxes is not None:  # centre, sides, object, a class each; torchvision's own put out dictionaries
         return inputs, (-1, -1, 5 + task.num_outputs)
     return inputs, (-1, task.num_outputs)
-
-
-def _decode(images: Sequence[Path], task: Task) -> Array:
-    """Pixels (n, channels, image_size, image_size) of all images."""
-    from raypipe.data.decode import decode_images
-
-    missing = [f"{path}: no such file" for path in images if not path.is_file()]
-    if missing:
-        raise ConfigError(missing)
-    pixels, good = decode_images([p.read_bytes() for p in images], size=task.image_size, channels=task.channels)
-    if not good.all():
-        broken = [path for path, fine in zip(images, good, strict=True) if not fine]
-        raise ConfigError(f"{path}: no whole PNG or JPEG image" for path in broken)
-    return pixels
 
 
 def _child(sink: Sink, history: History, version: int) -> RunPlace:
