@@ -102,7 +102,7 @@ def unfitted(corners: Corners, width: int, height: int, size: int) -> Corners:
     """
     left, top, wide, high = fitted(width, height, size)
     own = (corners - (left, top, left, top)) * (width / wide, height / high, width / wide, height / high)
-    return np.clip(own, 0, (width, height, width, height))
+    return np.asarray(np.clip(own, 0, (width, height, width, height)), np.float64)
 
 
 def _letterboxed(image: Pixels, size: int) -> Pixels:
