@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import CLASSES
 from safetensors.numpy import save_file
 from test_data import jpeg_with_exif
@@ -256,10 +257,9 @@ def test_a_store_that_has_words_of_its_own_is_read_by_its_policy(home: Path) -> 
     with pytest.raises(StoreRefused, match="labels outside the task's 10 classes"):
         training_images(folder, task)
     policy = folder.parent.parent / "policy.yaml"
-    said = policy.read_text()
-    renamed = said.replace("products: {", "products: {names: {Bag: Tasche}, ")
-    assert renamed != said
-    policy.write_text(renamed)
+    said = yaml.safe_load(policy.read_text())
+    said["data"]["products"]["names"] = {"Bag": "Tasche"}
+    policy.write_text(yaml.safe_dump(said))
     assert training_images(folder, task)[0].num == open_data(folder, name="x").counts["train"]
     shutil.move(folder, folder.parent / "elsewhere")
     with pytest.raises(StoreRefused, match="labels outside"):
