@@ -1,6 +1,6 @@
-"""cluster/kuberay.yaml against an excerpt, made by hand, of KubeRay's published CRD (helm-chart/kuberay-operator/crds,
-RayCluster of 017710c) and of Kubernetes' NetworkPolicy: the fields that it uses, as they are typed there. What a CRD
-does not name, Kubernetes takes away unsaid.
+"""cluster/kuberay.yaml and rayjob.yaml against an excerpt, made by hand, of KubeRay's published CRDs
+(helm-chart/kuberay-operator/crds: RayCluster of 017710c; RayJob's own fields by its API reference of 1.7) and of
+Kubernetes' NetworkPolicy: what they use, as it is typed there. What a CRD does not name, Kubernetes takes away unsaid.
 """
 
 from __future__ import annotations
@@ -67,15 +67,28 @@ CLUSTER = {
         }
     ],
 }
+JOB = {
+    "entrypoint": str,
+    "rayClusterSpec": CLUSTER,
+    "shutdownAfterJobFinishes": bool,
+    "submissionMode": ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"),  # a string there
+    "ttlSecondsAfterFinished": int,
+}
 LABELLED = {"matchLabels": TEXTS}
 POLICY = {
     "podSelector": LABELLED,
     "policyTypes": [("Ingress", "Egress")],
-    "ingress": [{"from": [{"podSelector": LABELLED, "namespaceSelector": LABELLED}], "ports": [{"port": int}]}],
+    "ingress": [
+        {
+            "from": [{"podSelector": LABELLED, "namespaceSelector": LABELLED}],
+            "ports": [{"protocol": ("TCP", "UDP", "SCTP"), "port": int, "endPort": int}],
+        }
+    ],
 }
 META = {"name": str, "namespace": str, "labels": TEXTS}
 KINDS: dict[str, Any] = {
     "RayCluster": {"apiVersion": ("ray.io/v1",), "kind": str, "metadata": META, "spec": CLUSTER},
+    "RayJob": {"apiVersion": ("ray.io/v1",), "kind": str, "metadata": META, "spec": JOB},
     "NetworkPolicy": {"apiVersion": ("networking.k8s.io/v1",), "kind": str, "metadata": META, "spec": POLICY},
 }
 
@@ -100,13 +113,17 @@ def misfits(said: Any, shape: Any, at: str) -> Iterator[str]:
         yield f"{at}: a {type(said).__name__}"
 
 
-def objects() -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((ROOT / "cluster" / "kuberay.yaml").read_text()))
+def objects(file: str = "kuberay.yaml") -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((ROOT / "cluster" / file).read_text()))
 
 
-def test_every_field_is_one_of_the_published_crds() -> None:
-    made = objects()
-    assert [one["kind"] for one in made] == ["RayCluster", "NetworkPolicy"]
+@pytest.mark.parametrize(
+    ("file", "kinds"),
+    [("kuberay.yaml", ["RayCluster", "NetworkPolicy"]), ("rayjob.yaml", ["NetworkPolicy", "RayJob"])],
+)
+def test_every_field_is_one_of_the_published_crds(file: str, kinds: list[str]) -> None:
+    made = objects(file)
+    assert [one["kind"] for one in made] == kinds
     assert [line for one in made for line in misfits(one, KINDS[one["kind"]], one["kind"])] == []
 
 
@@ -129,8 +146,8 @@ def test_a_field_that_is_not_is_found(change: Any, line: str) -> None:
     assert found.startswith(line)
 
 
-def test_what_each_container_mounts_is_a_volume_of_its_pod() -> None:
-    spec = objects()[0]["spec"]
+@pytest.mark.parametrize("spec", [objects()[0]["spec"], objects("rayjob.yaml")[1]["spec"]["rayClusterSpec"]])
+def test_what_each_container_mounts_is_a_volume_of_its_pod(spec: dict[str, Any]) -> None:
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
         pod = group["template"]["spec"]
         there = {volume["name"] for volume in pod["volumes"]}
@@ -152,3 +169,46 @@ def test_jobs_and_dashboard_are_on_loopback_and_only_the_clusters_own_pods_get_i
     said = (ROOT / "cluster" / "kuberay.yaml").read_text()
     assert "0.0.0.0" not in said
     assert f"name: RAY_USE_TLS\n{' ' * 6}value: '1'" in said
+
+
+def lets_in(policy: dict[str, Any], pod: dict[str, str], namespace: str, port: int) -> bool:
+    """Whether a pod of a namespace, not the policy's own where it is named, reaches a port; by Kubernetes' words."""
+
+    def comes(peer: dict[str, Any]) -> bool:
+        wanted = peer.get("namespaceSelector", {"matchLabels": {"kubernetes.io/metadata.name": "own"}})["matchLabels"]
+        there = {"kubernetes.io/metadata.name": namespace}
+        return wanted.items() <= there.items() and peer["podSelector"]["matchLabels"].items() <= pod.items()
+
+    def open_at(ports: list[dict[str, Any]]) -> bool:
+        return any(one["port"] <= port <= one.get("endPort", one["port"]) for one in ports)
+
+    rules = policy["spec"]["ingress"]
+    return any(any(map(comes, rule["from"])) and ("ports" not in rule or open_at(rule["ports"])) for rule in rules)
+
+
+def test_a_rayjobs_dashboard_is_reached_by_the_operator_and_by_no_store() -> None:
+    """It must listen beyond loopback, as the operator asks there after the job; the job comes over loopback."""
+    policy, job = objects("rayjob.yaml")
+    spec = job["spec"]["rayClusterSpec"]
+    own = policy["spec"]["podSelector"]["matchLabels"]
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        assert own.items() <= group["template"]["metadata"]["labels"].items()
+    assert job["spec"]["submissionMode"] == "SidecarMode"
+    assert spec["headGroupSpec"]["template"]["spec"]["restartPolicy"] == "Never", "what this mode asks for"
+    assert spec["authOptions"] == {"mode": "token"}
+    operator = {"app.kubernetes.io/name": "kuberay-operator"}
+    ports = (1, 6379, 8264, 8265, 8266, 10001, 10999, 65535)
+    assert [port for port in ports if lets_in(policy, own, "own", port)] == [p for p in ports if p != 8265]
+    assert [port for port in ports if lets_in(policy, operator, "kuberay-system", port)] == [8265]
+    assert not any(lets_in(policy, operator, "own", port) for port in ports), "one who calls himself so, elsewhere"
+    assert not any(lets_in(policy, own, "other", port) for port in ports)
+    assert not any(lets_in(policy, {}, "kuberay-system", port) for port in ports)
+
+
+def test_a_rayjobs_cluster_differs_in_its_dashboard_alone() -> None:
+    cluster, job = objects()[0]["spec"], objects("rayjob.yaml")[1]["spec"]["rayClusterSpec"]
+    assert job["headGroupSpec"]["rayStartParams"].pop("dashboard-host") == "0.0.0.0"
+    del cluster["headGroupSpec"]["rayStartParams"]["dashboard-host"]
+    for group in [job["headGroupSpec"], *job["workerGroupSpecs"]]:
+        del group["template"]["metadata"]
+    assert job == cluster

@@ -35,9 +35,11 @@ from raypipe.doctor.probe import Data, Facts
 from raypipe.errors import ConfigError
 from raypipe.placement.book import Book, troubles
 from raypipe.placement.inventory import Machine, open_at, read_machines
+from raypipe.placement.kuberay import cluster_objects, job_objects
+from raypipe.placement.offers import node_types
 from raypipe.placement.plan import missing_advice, store_options
 from raypipe.placement.provider import STOP, StoreProvider
-from raypipe.placement.render import aws_config, kuberay_objects, node_types, render, stores_config
+from raypipe.placement.render import aws_config, render, stores_config
 from raypipe.placement.settings import Settings
 from raypipe.placement.ssh import Login, SshError, explain
 from raypipe.security.certs import check_cert, load_cert, make_node, open_authority, standing, still_good, token_of
@@ -137,7 +139,8 @@ def test_five_hundred_stores_are_planned_within_a_second() -> None:
     assert len(node_types(machines)) == 500
     assert len(stores_config(machines, SETTINGS)["available_node_types"]) == 501
     assert time.process_time() - begin < 1
-    assert len(str(kuberay_objects(machines, SETTINGS)[0])) < 1_500_000  # what Kubernetes takes as one object
+    for one in [*cluster_objects(machines, SETTINGS), *job_objects(machines, SETTINGS)]:
+        assert len(str(one)) < 1_500_000  # what Kubernetes takes as one object
 
 
 def test_the_configuration_that_the_readme_submits_runs_on_the_cluster_that_it_makes() -> None:
@@ -192,7 +195,7 @@ def test_ray_takes_the_files_for_ray_up(name: str) -> None:
 
 def test_stores_that_are_one_name_in_kubernetes_are_refused() -> None:
     with pytest.raises(ConfigError, match="are one in Kubernetes: a-b"):
-        kuberay_objects([Machine("a.b", "x"), Machine("a-b", "y")], SETTINGS)
+        cluster_objects([Machine("a.b", "x"), Machine("a-b", "y")], SETTINGS)
 
 
 def test_a_store_with_more_gpus_than_a_cloud_has_is_refused() -> None:

@@ -18,6 +18,7 @@ FLAGS = {
     "venv": "where raypipe is installed on all machines",
     "image": "container image made of cluster/Dockerfile",
     "aws_region": "for aws.yaml",
+    "operator_namespace": "of KubeRay's operator, for rayjob.yaml",
 }
 
 

@@ -17,3 +17,4 @@ class Settings:
     idle_minutes: float = 5
     image: str = "raypipe:0.1.0"
     aws_region: str = "eu-central-1"
+    operator_namespace: str = "kuberay-system"  # whose pods alone reach a RayJob's dashboard
