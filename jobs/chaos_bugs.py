@@ -83,7 +83,7 @@ BUGS = (
     Bug(
         "an update that comes twice counts twice",
         TICKETS,
-        "if ticket is None or ticket.phase is not Phase.COLLECTING:\n        return\n",
+        "if ticket is None or ticket.phase not in (Phase.TRAINED, Phase.COLLECTING):",
         "if ticket is None:\n        return\n",
     ),
     Bug(

@@ -25,8 +25,9 @@ _WHY = {
         "Trained TrainingFailed Deferred UpdateArrived UpdateRefused",
         "waiting",
     ): "what was in flight died with the coordinator; it is asked for when the store joins",
-    ("StoreJoined", "training trained collecting"): "a store joins again only after it left, which ends these tickets",
-    ("UpdateArrived UpdateRefused", "training trained"): "an update is fetched once it is asked for, never before",
+    ("StoreJoined", "training collecting"): "a store joins again only after it left, which ends the first of these, "
+    "and has the second wait at its store",
+    ("UpdateArrived UpdateRefused", "training"): "an update is fetched once it is asked for, never before",
     ("Folded", "waiting training trained collecting arrived"): "only a fold makes a ticket `folding`, and only its "
     "answer or the coordinator's death changes that; the thread that folds dies with the coordinator",
     ("Folded", "folded published"): "a fold is answered once, by a thread of the same process",
@@ -34,7 +35,6 @@ _WHY = {
         "Deferred UpdateRefused",
         "arrived folding folded published",
     ): "a fetch is answered once: what arrived is not refused, and of what is refused there is no ticket any more",
-    ("Deferred", "trained"): "training is answered once: with its report, or with when the store opens",
     ("Published", "none"): "the tickets of the version that is made are there until it is kept",
     ("Kept", "none"): "the tickets of a version stay until it is kept",
 }

@@ -172,12 +172,34 @@ def gaps(site: Site, since: float) -> list[float]:
     return [after - before for before, after in pairwise([*at, time.time()]) if after > since]
 
 
-def arrived(site: Site, store: str) -> list[int]:
-    """Bytes of each update of a store that has come, by the coordinator's diary."""
+def diary(site: Site) -> list[dict[str, Any]]:
+    """What the coordinator was told, in turn."""
     files = sorted((run_folder("last", site.folder / "home") / "diary").glob("*.jsonl"))
-    events = [json.loads(line) for file in files for line in file.read_text().split("\n")[1:-1]]
-    mine = [event for event in events if event.get("ticket", "").endswith(f".{store}")]
+    return [json.loads(line) for file in files for line in file.read_text().split("\n")[1:-1]]
+
+
+def arrived(site: Site, store: str) -> list[int]:
+    """Bytes of each update of a store that has come."""
+    mine = [event for event in diary(site) if event.get("ticket", "").endswith(f".{store}")]
     return [event["num_bytes"] for event in mine if event["event"] == "UpdateArrived"]
+
+
+def under_way(site: Site, store: str) -> set[str]:
+    """Tickets of a store whose update is finished and has not come."""
+    events = [event for event in diary(site) if event.get("ticket", "").endswith(f".{store}")]
+    done, come = ({e["ticket"] for e in events if e["event"] == kind} for kind in ("Trained", "UpdateArrived"))
+    return done - come
+
+
+def left(site: Site, store: str, since: float) -> dict[str, int]:
+    """Bytes that have left a store since a moment, by its own receipts and their kinds."""
+    found = dict[str, int]()
+    for file in (site.folder / "stores" / store / "egress").rglob("egress-*.jsonl"):
+        for line in file.read_text().splitlines():
+            receipt = json.loads(line)["receipt"]
+            if receipt["at"] >= since:
+                found[receipt["kind"]] = found.get(receipt["kind"], 0) + receipt["num_bytes"]
+    return found
 
 
 def sent_again(machine: Machine) -> int:
@@ -214,6 +236,31 @@ def test_an_update_that_is_cut_off_on_its_way_arrives_and_little_is_sent_twice(s
     assert [body for at, body in records if at > began and body["store"] == store] == [], "what was under way came"
     assert more <= 0.1
     assert longest <= DEADLINE_S + 1, "and what it takes to make one"
+
+
+@pytest.mark.parametrize("store", [RATED, THIN])
+def test_an_update_on_a_link_that_is_away_for_long_comes_when_the_link_is_back(site: Locked, store: str) -> None:
+    """So long that the store's process is given up: the update waits on the store's disk."""
+    machine = site.stores[store]
+    site.until(lambda: half_handed_over(machine) and under_way(site, store), 200, f"an update of {store} under way")
+    machine.cable("down")
+    began, late = time.time(), under_way(site, store)
+    assert late
+    site.until(lambda: [at for at, body in site.records("store_left") if at > began and body["store"] == store], 60,
+               "the run misses it")  # fmt: skip
+    assert late == under_way(site, store), "it was still on its way"
+    machine.cable("up")
+    healed = time.time()
+
+    def counted() -> dict[str, int]:
+        made = [body for at, body in site.records("version_published") if at > began]
+        return {c["ticket"]: c["staleness"] for body in made for c in body["contributions"] if c["ticket"] in late}
+
+    site.until(lambda: set(counted()) == late, 200, f"a version with what {store} had finished")
+    print(f"\n{store}, cut off for {healed - began:.0f} s; its update is in a version ", end="")
+    print(f"{time.time() - healed:.0f} s after the link was back, staleness {list(counted().values())}")
+    records = site.records("update_rejected", "ticket_failed")
+    assert [body for at, body in records if at > began and body["ticket"] in late] == []
 
 
 def test_a_store_that_is_cut_off_stops_nobody_else(site: Locked) -> None:

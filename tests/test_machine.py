@@ -73,15 +73,83 @@ def test_a_run_without_quorum_ends_and_says_so() -> None:
     assert finish.reason.endswith("missing: s0, s1, s2, s4, s5 and 3 more")
 
 
+def lost(actions: list[do.Action]) -> list[str]:
+    """Finished work that is over by the record."""
+    return [a.body["ticket"] for a in of(do.Record, actions) if a.kind == "update_rejected"]
+
+
 @pytest.mark.parametrize("gone", [ev.StoreLeft, ev.StoreHung])
-def test_finished_work_of_a_store_that_is_gone_is_not_lost_without_a_word(gone: Any) -> None:
+@pytest.mark.parametrize("name", ["fedbuff", "wait_for_all", "paced"])
+def test_a_store_cut_off_as_it_hands_over_does_so_when_it_is_back_and_nobody_waits_for_it(gone: Any, name: Any) -> None:
+    m = machine(pace(name, 2, {"max_versions": 5}), 2)
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    assert of(do.Collect, m.handle(trained(tickets["s1"], 1.0))) == [do.Collect(tickets["s1"], "s1")]
+    away = m.handle(gone("s1", "no heartbeat", 2.0))
+    assert lost(away) == []
+    assert of(do.Settle, away) == []
+    m.handle(ev.TrainingFailed(tickets["s1"], "its node is gone", 2.1))  # what the transfer came to
+    others = [*deliver(m, tickets["s0"], 3.0), *m.handle(ev.Tick(9.0))]
+    assert of(do.Publish, others), "the others go on"
+    *_, next_one = of(do.Train, [*others, *m.handle(ev.Published(1, 9.1))])
+    back = m.handle(ev.StoreJoined("s1", 100, 10.0, (tickets["s1"],)))
+    assert of(do.Collect, back) == [do.Collect(tickets["s1"], "s1")]
+    assert of(do.Settle, back) == []
+    came = [*m.handle(ev.UpdateArrived(tickets["s1"], 400, 11.0)), *deliver(m, next_one.ticket, 12.0)]
+    portions = [portion for fold in of(do.Fold, came) for portion in fold.portions]
+    assert tickets["s1"] in [portion.ticket for portion in portions]
+    came += [*m.handle(ev.Folded(tuple(p.ticket for p in portions), (), 12.0)), *m.handle(ev.Tick(30.0))]
+    (publish,) = of(do.Publish, came)
+    assert {c.ticket: c.staleness for c in publish.contributions}[tickets["s1"]] == 1
+
+
+@pytest.mark.parametrize("gone", [ev.StoreLeft, ev.StoreHung])
+@pytest.mark.parametrize("how", ["it is back without", "for good", "the end"])
+def test_finished_work_of_a_store_that_is_gone_is_not_lost_without_a_word(gone: Any, how: str) -> None:
     m = machine(pace("fedbuff", 3, {"buffer_size": 2, "max_versions": 5}))
     tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
     m.handle(trained(tickets["s0"], 1.0))
-    for store, named in (("s0", [tickets["s0"]]), ("s1", [])):
-        actions = m.handle(gone(store, "its node is gone", 2.0))
-        found = [a.body for a in of(do.Record, actions) if a.kind == "update_rejected"]
-        assert [body["ticket"] for body in found] == named, "work that was not finished has no update"
+    assert [lost(m.handle(gone(store, "its node is gone", 2.0))) for store in ("s0", "s1")] == [[], []]
+    last: dict[str, ev.Event] = {
+        "it is back without": ev.StoreJoined("s0", 100, 3.0),
+        "for good": ev.StoreLeft("s0", "its operator took it out", 3.0, for_good=True),
+        "the end": ev.StopAsked("by hand", 3.0),
+    }
+    over = m.handle(last[how])
+    assert lost(over) == [tickets["s0"]], "work that was not finished has no update"
+    assert [a.ticket for a in of(do.Settle, over) if a.store == "s0"] == [tickets["s0"]]
+
+
+def test_an_update_that_comes_as_its_store_is_cut_off_is_taken() -> None:
+    m = machine(pace("fedbuff", 3, {"buffer_size": 2, "max_versions": 5}))
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    m.handle(trained(tickets["s0"], 1.0))
+    m.handle(ev.StoreHung("s0", "no heartbeat", 2.0))
+    (fold,) = of(do.Fold, m.handle(ev.UpdateArrived(tickets["s0"], 400, 2.1)))
+    assert [portion.ticket for portion in fold.portions] == [tickets["s0"]]
+
+
+def test_an_update_that_cannot_be_handed_over_is_tried_as_often_as_a_store_may_fail() -> None:
+    m = machine(pace("fedbuff", 2, {"buffer_size": 2, "max_versions": 5, "max_failures": 3}), 2)
+    ticket = {a.store: a.ticket for a in of(do.Train, join_all(m))}["s0"]
+    m.handle(trained(ticket, 1.0))
+    for at in (2.0, 12.0):
+        m.handle(ev.StoreHung("s0", "no heartbeat", at))
+        again = m.handle(ev.StoreJoined("s0", 100, at + 1, (ticket,)))
+        assert of(do.Collect, again) == [do.Collect(ticket, "s0")]
+    m.handle(ev.StoreHung("s0", "no heartbeat", 22.0))
+    again = m.handle(ev.StoreJoined("s0", 100, 23.0, (ticket,)))
+    assert lost(again) == [ticket]
+    assert of(do.Collect, again) == []
+
+
+def test_a_store_whose_finished_work_waits_for_it_does_not_keep_a_place_from_others() -> None:
+    policy = Policy(refill="on_arrival", buffer_size=2, max_active_stores=1, join_s=10.0, max_versions=9)
+    m = machine(policy, 2)
+    (asked,) = of(do.Ask, m.handle(ev.Tick(0.1)))
+    (train,) = of(do.Train, m.handle(ev.StoreJoined(asked.store, 100, 0.2)))
+    m.handle(trained(train.ticket, 1.0))
+    m.handle(ev.StoreLeft(asked.store, "its node is gone", 2.0))
+    assert [a.store for a in of(do.Release, m.handle(ev.Tick(13.0)))] == [asked.store]
 
 
 def test_wait_for_all_folds_in_store_order_and_publishes_once() -> None:

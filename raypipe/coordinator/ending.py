@@ -23,6 +23,9 @@ def end(run: Run, reason: str, at: float) -> list[do.Action]:
     for ticket in open_ones:  # it is over for good, though its answer is on its way, or the run goes on after all
         if ticket.phase is Phase.TRAINING and run.late(ticket):
             run.members[ticket.store].stuck = True
+        if run.away(ticket):
+            why = "the run ended, before its update was handed over"
+            cancels.append(do.Record("update_rejected", {"store": ticket.store, "ticket": ticket.id, "reason": why}))
         del run.tickets[ticket.id]
     return cancels + [do.Settle(t.store, t.id, None, "the run ended") for t in open_ones]
 

@@ -135,6 +135,10 @@ class Run:
         """Past its due time: nobody waits for it."""
         return ticket.due_at <= self.now and ticket.phase is not Phase.WAITING
 
+    def away(self, ticket: Ticket) -> bool:
+        """Its update waits at a store that is cut off."""
+        return ticket.phase is Phase.TRAINED and not self.members[ticket.store].present
+
     def free(self) -> list[str]:
         """Stores that may be given work now."""
         handing_over = Phase.COLLECTING if self.policy.refill == "on_arrival" else Phase.TRAINING

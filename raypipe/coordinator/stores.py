@@ -30,6 +30,9 @@ def joined(run: Run, event: ev.StoreJoined, at: float) -> list[do.Action]:
     mine = [t for t in run.tickets.values() if t.store == event.store]
     forgotten = [ticket for ticket in event.outbox if ticket not in run.tickets]
     actions: list[do.Action] = [do.Settle(event.store, ticket, None, "it was settled") for ticket in forgotten]
+    for ticket in [t for t in mine if t.phase is Phase.TRAINED]:  # it was cut off with its finished update
+        if member.aside or ticket.id not in event.outbox:
+            actions += lost(run, ticket, member.aside or "its update was gone when it came back")
     over = run.ending is not None or ending.reason_to_end(run, at)  # it may end in this very step
     for ticket in [t for t in mine if t.phase is Phase.WAITING]:
         if not over and not member.aside:
@@ -48,7 +51,10 @@ def added(run: Run, store: str) -> None:
 
 
 def left(run: Run, store: str, reason: str, *, for_good: bool = False) -> list[do.Action]:
-    """A store is gone, `for_good` by its operator: its work that is not at the head yet is over."""
+    """A store is gone, `for_good` by its operator: its work that is not at the head yet is over.
+
+    But what it has finished it keeps on its disk: handed over when it is back, late; meanwhile nobody waits for it.
+    """
     member = run.members.get(store)
     if member is None:
         return []
@@ -56,19 +62,28 @@ def left(run: Run, store: str, reason: str, *, for_good: bool = False) -> list[d
     member.asked_at = run.now
     if for_good and run.policy.max_active_stores is not None:
         member.aside = reason
+    finished = [t for t in run.tickets.values() if t.store == store and t.phase in (Phase.TRAINED, Phase.COLLECTING)]
+    over = [action for ticket in finished if for_good for action in lost(run, ticket, reason)]
     if not member.present:
-        return []
+        return over
     member.present, member.paused_at = False, None
     run.cohort = [s for s in run.cohort if s != store]
     ending.heard(run, run.version, store)
-    actions: list[do.Action] = [do.Record("store_left", {"store": store, "reason": reason})]
-    for ticket in [t for t in run.tickets.values() if t.store == store and t.phase <= Phase.COLLECTING]:
+    actions: list[do.Action] = [do.Record("store_left", {"store": store, "reason": reason}), *over]
+    for ticket in [] if for_good else finished:
+        ticket.phase, ticket.due_at, ticket.again = Phase.TRAINED, min(ticket.due_at, run.now), True
+    for ticket in [t for t in run.tickets.values() if t.store == store and t.phase < Phase.TRAINED]:
         del run.tickets[ticket.id]
-        if ticket.phase >= Phase.TRAINED:  # finished work is not lost without a word
-            why = f"{reason}, before its update was handed over"
-            actions.append(do.Record("update_rejected", {"store": store, "ticket": ticket.id, "reason": why}))
         actions.append(do.Settle(store, ticket.id, None, reason))
     return actions
+
+
+def lost(run: Run, ticket: Ticket, reason: str) -> list[do.Action]:
+    """Finished work that will not come, not without a word."""
+    del run.tickets[ticket.id]
+    why = f"{reason}, before its update was handed over"
+    body = {"store": ticket.store, "ticket": ticket.id, "reason": why}
+    return [do.Record("update_rejected", body), do.Settle(ticket.store, ticket.id, None, reason)]
 
 
 def restart(run: Run, store: str, reason: str, at: float) -> list[do.Action]:
@@ -146,7 +161,7 @@ def rotate(run: Run, at: float) -> list[do.Action]:
     if run.ending is not None:
         return []
     actions: list[do.Action] = []
-    busy = {t.store for t in run.tickets.values()}
+    busy = {t.store for t in run.tickets.values() if not run.away(t)}
     busy |= {s for s in run.cohort if (m := run.members[s]).present and not rotation.turn_over(m, run.policy)}
     lacking = len(run.waiting()) - rotation.room(run.members.values(), run.policy)
     for member in [m for m in run.members.values() if m.asked and m.id not in busy]:

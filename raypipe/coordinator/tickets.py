@@ -106,7 +106,8 @@ def trained(run: Run, event: ev.Trained) -> list[do.Action]:
 def collect(run: Run, at: float) -> list[do.Action]:
     """Have updates handed over: at once; where they are folded in store order, a few ahead of their turn, so that
     the head never holds more than a few, however many stores there are."""
-    waiting = sorted((t for t in run.tickets.values() if t.phase is Phase.TRAINED), key=lambda t: t.store)
+    here = [t for t in run.tickets.values() if t.phase is Phase.TRAINED and not run.away(t)]
+    waiting = sorted(here, key=lambda t: t.store)
     if run.policy.in_order:
         held = sum(Phase.COLLECTING <= t.phase <= Phase.FOLDING for t in run.tickets.values())
         first = min(run.expected(), default="")
@@ -122,7 +123,7 @@ def collect(run: Run, at: float) -> list[do.Action]:
 def arrived(run: Run, event: ev.UpdateArrived) -> None:
     """Its update is in the coordinator's memory."""
     ticket = run.tickets.get(event.ticket)
-    if ticket is None or ticket.phase is not Phase.COLLECTING:
+    if ticket is None or ticket.phase not in (Phase.TRAINED, Phase.COLLECTING):  # `TRAINED`: just before it was cut off
         return
     ticket.phase, ticket.num_bytes = Phase.ARRIVED, event.num_bytes
     ticket.digest, ticket.signature = event.digest, event.signature
@@ -142,7 +143,7 @@ def arrived(run: Run, event: ev.UpdateArrived) -> None:
 def failed(run: Run, event: ev.TrainingFailed, at: float) -> list[do.Action]:
     """It came to nothing."""
     ticket = run.tickets.get(event.ticket)
-    if ticket is None or ticket.phase > Phase.COLLECTING:
+    if ticket is None or ticket.phase not in AWAITED:  # cut off as it handed over: its store has the update still
         return []
     del run.tickets[event.ticket]
     note = do.Record("ticket_failed", {"store": ticket.store, "ticket": ticket.id, "reason": event.reason})
