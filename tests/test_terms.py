@@ -33,7 +33,7 @@ from raypipe.coordinator.stores import WARM_UP_S
 from raypipe.errors import ConfigError, StoreClosed, StoreError, StoreRefused, StoreUnreachable
 from raypipe.ledger.keys import digest
 from raypipe.store.actor import SiteActor
-from raypipe.store.going import TRIES, Going, fetched
+from raypipe.store.going import MADE_UP_S, TRIES, Going, Pace, fetched
 from raypipe.store.gpu_load import holders, load_of_others
 from raypipe.store.hours import closes, opens, parse
 from raypipe.store.messages import PROTOCOL, Card, Refusal, Report, Verdict, encode, expect
@@ -216,27 +216,37 @@ def test_a_pacer_lets_bytes_go_at_the_rate_without_saving_up_a_burst() -> None:
 
 def test_an_update_goes_in_pieces_of_which_each_has_its_time() -> None:
     update = np.arange(30_000, dtype="<f4")
-    going = Going(update, 80_000.0, 10.0)
+    going = Going(update, Pace(80_000.0, 10.0))
     update[:] = 0  # its slot was given to another
-    at_byte, pieces, times = 0, [], []
+    at_byte, pieces, times = 0, [], [10.0]
     while at_byte < going.about["num_bytes"]:
-        piece, due_at = going.piece(at_byte)
-        assert going.piece(at_byte)[1] == due_at, "asked for again"
+        piece, due_at = going.piece(at_byte, now=times[-1])
         pieces.append(piece.data)
         times.append(due_at)
         at_byte += len(piece.data)
     assert np.array_equal(np.frombuffer(b"".join(pieces), going.about["dtype"]), np.arange(30_000, dtype="<f4"))
     assert times[-1] == pytest.approx(10.0 + 120_000 / 80_000.0)
-    assert max(np.diff([10.0, *times])) <= 0.26
+    assert max(np.diff(times)) <= 0.26
+
+
+def test_two_updates_on_their_way_and_what_goes_again_have_one_rate_and_a_cut_is_not_made_up_for() -> None:
+    pace = Pace(80_000.0, 0.0)
+    first, second = (Going(np.zeros(30_000, "<f4"), pace) for _ in range(2))
+    size = len(first.piece(0, now=0.0)[0].data)
+    dues = [second.piece(0, now=0.0)[1], first.piece(0, now=0.0)[1], first.piece(size, now=0.0)[1]]
+    assert dues == pytest.approx([2 * size / 80_000, 3 * size / 80_000, 4 * size / 80_000])
+    for number in range(1, 9):  # the link was away for a minute
+        due_at = second.piece(0, now=60.0)[1]
+        assert due_at == pytest.approx(60.0 - MADE_UP_S + number * size / 80_000)
 
 
 def test_a_fetch_that_is_cut_in_its_middle_fetches_the_rest_only() -> None:
     update = np.arange(60_000, dtype="<f4")
-    going, asked = Going(update, 80_000.0, 0.0), list[int]()
+    going, asked = Going(update, Pace(80_000.0, 0.0)), list[int]()
 
     async def ask(at_byte: int) -> Piece:
         asked.append(at_byte)
-        piece = going.piece(at_byte)[0]
+        piece = going.piece(at_byte, now=0.0)[0]
         if len(asked) == 5:
             raise StoreUnreachable("store a: its node does not answer")
         return replace(piece, data=bytes(len(piece.data))) if len(asked) == 8 else piece
@@ -256,13 +266,13 @@ def test_a_fetch_of_what_does_not_come_any_more_ends(error: StoreError) -> None:
         raise error
 
     with pytest.raises(StoreError) as caught:
-        asyncio.run(fetched(Going(np.zeros(9), 1.0, 0.0).about, ask, pause_s=0))
+        asyncio.run(fetched(Going(np.zeros(9), Pace(1.0, 0.0)).about, ask, pause_s=0))
     assert caught.value is error
     assert len(asked) == (TRIES if isinstance(error, StoreUnreachable) else 1)
-    wrong = {**Going(np.zeros(9), 1.0, 0.0).about, "digest": digest(np.ones(9))}
+    wrong = {**Going(np.zeros(9), Pace(1.0, 0.0)).about, "digest": digest(np.ones(9))}
 
     async def other(at_byte: int) -> Piece:
-        return Going(np.zeros(9), 1.0, 0.0).piece(at_byte)[0]
+        return Going(np.zeros(9), Pace(1.0, 0.0)).piece(at_byte, now=0.0)[0]
 
     with pytest.raises(StoreError, match="not the one that was announced"):
         asyncio.run(fetched(wrong, other, pause_s=0))

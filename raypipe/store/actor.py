@@ -30,7 +30,7 @@ from raypipe.ledger.keys import digest
 from raypipe.ledger.receipts import write_apart
 from raypipe.placement.homes import stores_home
 from raypipe.store import messages as msg
-from raypipe.store.going import Going
+from raypipe.store.going import Going, Pace
 from raypipe.store.pieces import Pieces
 from raypipe.store.safety import refusal, site_log
 
@@ -64,6 +64,7 @@ class SiteActor:
         self._heard = time.monotonic()
         self._pieces = Pieces()
         self._going: OrderedDict[str, Going] = OrderedDict()  # by ticket: one may train while another's is fetched
+        self._pace: Pace | None = None  # of all of them
         Thread(target=self._end_when_orphaned, args=(orphan_s,), name="orphan", daemon=True).start()
 
     def describe(self, run: str, epoch: int) -> bytes:
@@ -102,7 +103,9 @@ class SiteActor:
         answer = self._answer("collect", lambda site: site.collect(ticket, how, run, epoch))
         if isinstance(answer, bytes) or self._site.rate is None:
             return cast("np.ndarray | bytes", answer)
-        going = self._going[ticket] = Going(answer, self._site.rate, time.monotonic(), run)
+        if self._pace is None or self._pace.rate != self._site.rate:
+            self._pace = Pace(self._site.rate, time.monotonic())
+        going = self._going[ticket] = Going(answer, self._pace, run)
         while len(self._going) > MAX_GOING:
             self._going.popitem(last=False)
         return going.about
@@ -115,7 +118,7 @@ class SiteActor:
             if going is None:
                 raise StoreError("it is kept no longer; collect it again")
             sent = going.sent
-            piece, due_at = going.piece(at)
+            piece, due_at = going.piece(at, time.monotonic())
             if at < sent and self._here:  # what a vault gave out whole, only its actor sends again
                 self._site.sent_again(going.run, ticket, piece.data[: sent - at])
         except StoreError as error:

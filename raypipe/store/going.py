@@ -23,23 +23,39 @@ LEAST = 1 << 14  # bytes
 # over a thin line cost an eighth more (measured). Beyond, a call for each would be slower than the rate.
 INLINE, INLINE_UP_TO = 96 << 10, 3 * 96 << 10
 TRIES, PAUSE_S = 20, 0.5  # for one piece; a link that is away for longer is the heartbeat's to tell
+# What was asked for more slowly than it may go is made up for, but not more: else a link that is back after a minute
+# would be given the minute's bytes at once.
+MADE_UP_S = 1.0
+
+
+class Pace:
+    """When bytes may leave a store, of all updates that are on their way. Seconds are of any one clock."""
+
+    def __init__(self, rate: float, now: float) -> None:
+        """`rate` in bytes a second."""
+        self.rate, self._free_at = rate, now
+
+    def due(self, num_bytes: int, now: float) -> float:
+        """When the last of so many may go; then they are taken for gone."""
+        self._free_at = max(self._free_at, now - MADE_UP_S) + num_bytes / self.rate
+        return self._free_at
 
 
 class Going:
-    """`rate` in bytes a second; `now` and what `piece` says are seconds of any one clock. `run`: whose it is."""
+    """`run`: whose it is."""
 
-    def __init__(self, array: Array, rate: float, now: float, run: str = "") -> None:
+    def __init__(self, array: Array, pace: Pace, run: str = "") -> None:
         self.run, self.sent = run, 0  # bytes that a piece was made of; some may not have come
         self._raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy()  # its slot may be another's soon
-        size = max(LEAST, int(rate * PIECE_S))
-        self._size, self._rate, self._began = INLINE if INLINE < size <= INLINE_UP_TO else size, rate, now
+        size = max(LEAST, int(pace.rate * PIECE_S))
+        self._size, self._pace = INLINE if INLINE < size <= INLINE_UP_TO else size, pace
         self.about = {"num_bytes": self._raw.size, "dtype": array.dtype.str, "digest": digest(self._raw)}
 
-    def piece(self, at: int) -> tuple[Piece, float]:
-        """The bytes from an offset on, and when they may go: a piece asked for again has its time still."""
+    def piece(self, at: int, now: float) -> tuple[Piece, float]:
+        """The bytes from an offset on, and when they may go; a piece asked for again goes again, and counts."""
         piece = piece_of(self._raw, at, self._size)
         self.sent = max(self.sent, at + len(piece.data))
-        return piece, self._began + (at + len(piece.data)) / self._rate
+        return piece, self._pace.due(len(piece.data), now)
 
 
 async def fetched(
