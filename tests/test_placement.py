@@ -277,12 +277,12 @@ def test_a_token_that_others_can_read_stops_a_run_before_it_knocks(tmp_path: Pat
     shown = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "RAY_USE_TLS": "1"}
     files = {"RAY_TLS_SERVER_CERT": "n/node.crt", "RAY_TLS_SERVER_KEY": "n/node.key", "RAY_TLS_CA_CERT": "ca.crt"}
     shown |= {name: str(tmp_path / file) for name, file in files.items()}
-    check_own(shown, NOW)
+    assert len(check_own(shown, NOW)) == 4
     (tmp_path / "token").chmod(0o640)
     with pytest.raises(ConfigError) as caught:
         check_own({**shown, "RAY_TLS_CA_CERT": ""}, NOW + datetime.timedelta(days=400))
     assert [line.split(" ")[0] for line in caught.value.problems] == ["token", "certificate", "RAY_USE_TLS"]
-    check_own({}, NOW)
+    assert check_own({}, NOW) == []
 
 
 def test_a_cluster_of_another_version_is_said_in_one_line_from_rays_own_words() -> None:
@@ -298,6 +298,13 @@ def test_a_cluster_of_another_version_is_said_in_one_line_from_rays_own_words() 
     assert why_not("10.0.0.1:6379", theirs.value) == line
     other = why_not("10.0.0.1:6379", ConnectionError("no\nmore"))
     assert other.startswith("no Ray cluster at 10.0.0.1:6379: no (is it running, and are RAY_AUTH_MODE")
+
+
+def test_a_check_of_nothing_is_not_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in [name for name in os.environ if name.startswith(("RAY_AUTH_", "RAY_USE_TLS"))]:
+        monkeypatch.delenv(name)
+    assert main(["certs", "check"]) == 2
+    assert capsys.readouterr().err.startswith("raypipe: the environment names no token and no certificate")
 
 
 @pytest.mark.parametrize(("mode", "is_open"), [("token", False), ("disabled", True)])

@@ -116,7 +116,11 @@ def certs_check() -> int:
     """For the supervisors: Ray's own words for a certificate that has ended are few. Raises ConfigError."""
     from raypipe.security.own import check_own
 
-    check_own(os.environ, _now())
+    if not (looked_at := check_own(os.environ, _now())):
+        raise ConfigError(
+            "the environment names no token and no certificate (RAY_AUTH_MODE, RAY_USE_TLS)"
+        )
+    print(f"well: {', '.join(looked_at)}")
     return 0
 
 

@@ -17,10 +17,14 @@ from raypipe.security.files import read_secret, write_secret
 Check: TypeAlias = Callable[[Path], object]
 
 
-def check_own(environment: Mapping[str, str], now: datetime.datetime) -> None:
-    """Raises ConfigError, a line each: a token or key that others can read, a certificate that has ended, no file."""
+def check_own(environment: Mapping[str, str], now: datetime.datetime) -> list[str]:
+    """Names of what was looked at; none: the environment shows nothing at a door.
+
+    Raises ConfigError, a line each: a token or key that others can read, a certificate that has ended, no file.
+    """
     problems: list[str] = []
-    for name, check in _due(environment, now):
+    due = list(_due(environment, now))
+    for name, check in due:
         if not environment.get(name):
             problems.append(f"RAY_USE_TLS is set and {name} is not")
             continue
@@ -30,6 +34,7 @@ def check_own(environment: Mapping[str, str], now: datetime.datetime) -> None:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+    return [name for name, _ in due]
 
 
 def show_local_token(*, make: bool) -> None:
