@@ -117,9 +117,7 @@ def certs_check() -> int:
     from raypipe.security.own import check_own
 
     if not (looked_at := check_own(os.environ, _now())):
-        raise ConfigError(
-            "the environment names no token and no certificate (RAY_AUTH_MODE, RAY_USE_TLS)"
-        )
+        raise ConfigError("the environment names no token and no certificate (RAY_AUTH_MODE, RAY_USE_TLS)")
     print(f"well: {', '.join(looked_at)}")
     return 0
 
