@@ -50,6 +50,7 @@ from raypipe.security.own import check_own
 NOW = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)
 REQUIREMENTS = ROOT / "cluster" / "requirements.txt"
 HEADER = "id,host,gpus,region,hours"
+REFUSED = "root@h: Permission denied (publickey)."
 GOOD = "harbour,10.1.0.7,1,north,22:00-06:00 Europe/Berlin"
 SETTINGS = Settings(head="10.1.0.1")
 
@@ -347,6 +348,14 @@ def test_a_ca_whose_key_was_replaced_is_refused(tmp_path: Path) -> None:
     ("said", "line"),
     [
         ("root@h: Permission denied (publickey).", "h: it refused the key k: is its public half in"),
+        (
+            f"Warning: Identity file k not accessible: No such file or directory.\n{REFUSED}",
+            "h: the key file k is not th",
+        ),
+        (
+            f"keys are NOT accessible by others.\nLoad key k: bad permissions\n{REFUSED}",
+            "h: the key file k can be read",
+        ),
         ("ssh: Could not resolve hostname h: Name or service not known", "h: no machine has that name"),
         ("ssh: connect to host h port 22: Connection refused", "h: nothing answers on its ssh port"),
         ("Host key verification failed.", "h: its host key is another than before"),

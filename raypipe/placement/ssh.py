@@ -15,7 +15,9 @@ from raypipe.errors import RaypipeError
 from raypipe.placement.homes import raypipe_home
 
 SSH_FAILED = 255  # ssh's own exit code; any other is the command's
-REASONS = {
+REASONS = {  # the first that fits: of a key that it could not read ssh goes on to say that it was refused
+    "not accessible:": "the key file{key} is not there, or not yours to read",
+    "bad permissions": "the key file{key} can be read by others: chmod 600 it",
     "permission denied": "it refused the key{key}: is its public half in ~/.ssh/authorized_keys of {user} there?",
     "host key verification failed": "its host key is another than before: if that is right, remove it from {known}",
     "could not resolve": "no machine has that name",
@@ -23,7 +25,6 @@ REASONS = {
     "connection refused": "nothing answers on its ssh port: is sshd running there?",
     "no route to host": "no way leads there: is it on, and in the same network?",
     "timed out": "no answer in {timeout_s:g} s: is it on, and may this machine reach it?",
-    "bad permissions": "the key file{key} can be read by others: chmod 600 it",
 }
 
 
