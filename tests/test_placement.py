@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import psutil
 import pytest
 import yaml
@@ -366,6 +367,15 @@ def test_a_ca_whose_key_was_replaced_is_refused(tmp_path: Path) -> None:
 def test_a_failed_ssh_is_one_line(tmp_path: Path, said: str, line: str) -> None:
     login = Login("root", "k", tmp_path / "known")
     assert explain(login, "h", "true", 255, said, 10.0).startswith(line)
+
+
+def test_a_key_that_is_not_there_ends_ray_up_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYPIPE_HOME", str(tmp_path))
+    config = {"ssh_user": "x", "ssh_private_key": str(key := tmp_path / "id")}
+    with pytest.raises(click.ClickException, match=f"auth: ssh_private_key: {key} is not there"):
+        StoreProvider(config, "c")
+    key.touch()
+    StoreProvider(config, "c")
 
 
 def test_a_book_is_read_by_others_as_it_is_written(tmp_path: Path) -> None:

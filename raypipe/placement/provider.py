@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import subprocess
 import threading
@@ -65,6 +66,8 @@ class StoreProvider(NodeProvider):
         self._ended: set[str] = set()
         if self._on_head:
             self._book.put(**provider_config["head"])
+        elif self._login.key and not os.access(os.path.expanduser(self._login.key), os.R_OK):  # Ray reads it next
+            raise click.ClickException(f"auth: ssh_private_key: {self._login.key} is not there, or not yours to read")
 
     @staticmethod
     def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
