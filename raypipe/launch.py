@@ -189,6 +189,7 @@ def take_up(address: str, say: Callable[[str], None], *, insecure: bool = False)
 
     died = unfinished()
     if not died:
+        say(f"no run in {raypipe_home() / 'runs'} is to be taken up")
         return
     cluster.connect(address)
     try:

@@ -18,6 +18,7 @@ from test_resume import make
 from test_shell import NAMES, SitePort, config, records, run
 
 import raypipe.compose as composing
+from raypipe.cli import main
 from raypipe.compose import compose
 from raypipe.config.load import to_dict
 from raypipe.coordinator.composition import Composition
@@ -202,3 +203,11 @@ def test_an_accepted_change_is_done(written: Path, begun: Path) -> None:
     run(to_dict(said), begun, ports(begun))
     assert [body["version"] for body in records(begun, "version_published")] == [0, 1, 2, 3]
     assert [body["config"]["stop"]["max_versions"] for body in records(begun, "run_started")] == [2, 3]
+
+
+def test_where_no_run_died_that_is_said_and_no_cluster_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAYPIPE_HOME", str(tmp_path))
+    assert main(["resume", "--address", "127.0.0.1:1"]) == 0
+    assert capsys.readouterr().out == f"raypipe: no run in {tmp_path / 'runs'} is to be taken up\n"
