@@ -19,7 +19,7 @@ from raypipe.coordinator.explain import expected_versions, pace_in_words
 from raypipe.coordinator.machine import Coordinator
 from raypipe.coordinator.policy import FIRST_BUDGET_S, Policy, pace
 from raypipe.coordinator.resume import bring_back
-from raypipe.coordinator.state import KEPT, Scores
+from raypipe.coordinator.state import KEPT, Phase, Scores
 from raypipe.coordinator.stores import FIRST_S, SHORTEST_S, WARM_UP_S
 
 
@@ -126,6 +126,23 @@ def test_an_update_that_comes_as_its_store_is_cut_off_is_taken() -> None:
     m.handle(ev.StoreHung("s0", "no heartbeat", 2.0))
     (fold,) = of(do.Fold, m.handle(ev.UpdateArrived(tickets["s0"], 400, 2.1)))
     assert [portion.ticket for portion in fold.portions] == [tickets["s0"]]
+
+
+def test_what_comes_late_does_not_have_a_store_do_the_same_work_twice() -> None:
+    m = machine(pace("wait_for_all", 2, {"max_versions": 5, "backoff_s": 1.0}), 2)
+    tickets = {a.store: a.ticket for a in of(do.Train, join_all(m))}
+    m.handle(trained(tickets["s1"], 1.0))
+    m.handle(ev.StoreLeft("s1", "its node is gone", 2.0))
+    assert of(do.Publish, deliver(m, tickets["s0"], 3.0))
+    m.handle(ev.StoreJoined("s1", 100, 4.0, (tickets["s1"],)))
+    (new,) = [train for train in of(do.Train, m.handle(ev.Published(1, 5.0))) if train.store == "s1"]
+    m.handle(trained(new.ticket, 6.0))
+    m.handle(ev.UpdateArrived(new.ticket, 400, 6.0))
+    m.handle(ev.UpdateArrived(tickets["s1"], 400, 6.1))
+    m.tickets[new.ticket].phase = Phase.FOLDING
+    m.handle(ev.Folded((), ((new.ticket, "not finite"),), 6.2))
+    (again,) = of(do.Train, m.handle(ev.Tick(8.0)))
+    assert (again.store, again.version, again.repeat) == ("s1", 1, 1), "and not the very work that was refused"
 
 
 def test_an_update_that_cannot_be_handed_over_is_tried_as_often_as_a_store_may_fail() -> None:

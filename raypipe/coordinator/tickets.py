@@ -134,7 +134,7 @@ def arrived(run: Run, event: ev.UpdateArrived) -> None:
         member.last_s = event.at - ticket.issued_at - ticket.idle_s
         member.overhead_s = max(0.0, member.last_s - ticket.seconds)
     base, times = member.handed_over
-    if not ticket.arrived:  # else a second time, after the coordinator died
+    if not ticket.arrived and ticket.base >= base:  # else a second time, or what its store held back while it was away
         done = max(times if base == ticket.base else 0, ticket.asked.repeat)  # what was before may have been lost
         member.handed_over = (ticket.base, done + 1)
     ticket.arrived = True
