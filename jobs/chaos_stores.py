@@ -204,7 +204,9 @@ class Network:
         elif self.trouble(shop.name, 0.05):
             self._event(at + 1, ev.TrainingFailed(action.ticket, "link", at))
         elif world.chance.random() < 0.01:
-            late = world.chance.uniform(0, 2)  # its store may be gone by then
+            late = world.chance.uniform(0, 2)
+            if self.trouble(shop.name, 0.3):  # it is gone when that is heard
+                world.later(at + late / 2, ev.StoreHung(shop.name, "no heartbeat", 0.0))
             self._event(at + late, ev.Deferred(action.ticket, "today's bytes are spent", 20.0, at))
         elif self.trouble(shop.name, 0.05):
             self._event(at + world.chance.uniform(0, 0.5), ev.UpdateRefused(action.ticket, "not what it signed", at))
