@@ -6,7 +6,8 @@ Ten stores, 1 to 10 times slower than the fastest, on links of 20 Mbit down and 
 virtual clock (compare_clock.py), everything else is real. Each arm has the same number of trials of its learning rate,
 on a seed of its own and on the validation split; then as many paired seeds as asked for, on the test split. Then the
 twin test: two classes at one store alone, once at a fast one, once at one ten times slower: what is lost of their
-recall? Prints Markdown. What it will take is said first; with --kept FILE a run that was cut goes on where it was.
+recall? (--twins-only: this alone.) Prints Markdown. What it will take is said first; with --kept FILE a run that was
+cut goes on where it was.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a cl
 from compare_arms import ARMS, FEDERATED, Result, Scale, Unit, rates, run, twins
 from compare_kept import Kept, plan
 
-from raypipe.tracking.ratio import ratio
+from raypipe.tracking.ratio import half_width, ratio
 
 TUNING_SEED = 1000
 QUICK = Scale(train=1500, judged=500, seconds=30.0, every_s=3.0)
@@ -40,22 +41,32 @@ HEADER = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tables on stdout, progress on stderr."""
-    options = _parser().parse_args(arguments)
+    options = parsed(arguments)
     scale, seeds = _scale(options), list(range(1, _seeds(options) + 1))
     kept, trials = Kept(options.kept), 1 if options.quick else 3
     began, context = time.monotonic(), multiprocessing.get_context("spawn")
     _tell(*plan(_everything(options, scale, seeds, kept, trials), kept, options.processes))
     with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
         tuned = {split: _tuned(pool, kept, options.arms, split, scale, trials=trials) for split in options.splits}
-        units = {split: _units(options.arms, split, seeds, tuned[split], scale) for split in options.splits}
-        found = _all(pool, kept, [unit for split in options.splits for unit in units[split]])
-        for split in options.splits:
+        compared = [] if options.twins_only else options.splits
+        units = {split: _units(options.arms, split, seeds, tuned[split], scale) for split in compared}
+        found = _all(pool, kept, [unit for split in compared for unit in units[split]])
+        for split in compared:
             _say(_title(split, scale, seeds), *_table([found[u] for u in units[split]], options.arms, options.target))
         if "two-labels" in tuned and not options.no_twins:  # its rates
             arms = [arm for arm in options.twin_arms or options.arms if arm in FEDERATED and arm in options.arms]
             _twin_test(pool, kept, arms, tuned["two-labels"], scale, seeds)
     _tell(f"{time.monotonic() - began:.0f} s on {options.processes} processes")
     return 0
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, the twin test's own where it is alone."""
+    options = _parser().parse_args(arguments)
+    if options.twins_only:
+        options.splits = ["two-labels"]
+        options.arms = options.twin_arms = [arm for arm in options.twin_arms or options.arms if arm in FEDERATED]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--splits", nargs="+", choices=("dirichlet", "two-labels"), default=["dirichlet", "two-labels"])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--target", type=float, help=f"accuracy; default {PART_OF_POOLED:g} of the pooled arm's")
-    parser.add_argument("--no-twins", action="store_true")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--no-twins", action="store_true")
+    only.add_argument("--twins-only", action="store_true", help="tuned by two-labels; nothing else is compared")
     parser.add_argument("--twin-arms", nargs="+", choices=list(FEDERATED), metavar="ARM", help="default: all of --arms")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--kept", type=Path, help="a file that keeps each run that is done; begun again it goes on")
@@ -94,7 +107,8 @@ def _everything(
         trial = _trials(options.arms, split, scale) if trials > 1 else []
         yield from trial
         best = _best(options.arms, split, scale, kept, trials) or _middle(options.arms)
-        yield from _units(options.arms, split, seeds, best, scale)
+        if not options.twins_only:
+            yield from _units(options.arms, split, seeds, best, scale)
         if split == "two-labels" and not options.no_twins:
             arms = [arm for arm in options.twin_arms or options.arms if arm in FEDERATED and arm in options.arms]
             yield from _twin_units(arms, seeds, best, scale)
@@ -201,7 +215,7 @@ def _twin_test(
 ) -> None:  # fmt: skip
     """What a store's classes lose when it is ten times slower."""
     found = list(_all(pool, kept, _twin_units(arms, seeds, best, scale)).values())
-    head = ("arm", "recall, at a fast store", "10x slower", "points lost")
+    head = ("arm", "recall, at a fast store", "10x slower", "points lost", "95 % interval")
     lines = [_row(head), _row(["---"] * len(head))]
     for arm in arms:
         fast, slow = (
@@ -209,9 +223,11 @@ def _twin_test(
             for slowness in (1.0, 10.0)
         )
         lost = [100 * (fast[seed] - slow[seed]) for seed in fast]
-        spread = f" ± {stdev(lost):.1f}" if len(lost) > 1 else ""
-        cells = [f"{100 * fmean(side.values()):.1f} %" for side in (fast, slow)]
-        lines.append(_row([arm, *cells, f"{fmean(lost):.1f}{spread}"]))
+        spread, cells = "", [f"{100 * fmean(side.values()):.1f} %" for side in (fast, slow)]
+        if len(lost) > 1:
+            spread, half = f" ± {stdev(lost):.1f}", half_width(lost)
+        between = f"{fmean(lost) - half:.1f} to {fmean(lost) + half:.1f}" if spread else "-"
+        lines.append(_row([arm, *cells, f"{fmean(lost):.1f}{spread}", between]))
     _say(
         "\n### Twin test: two classes that one store alone has, the same data at a fast store and at a slow one\n",
         *lines,

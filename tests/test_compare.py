@@ -20,7 +20,7 @@ from raypipe.tracking.console import ratios_table
 from raypipe.tracking.journal import Record
 from raypipe.tracking.lineage import History, list_versions, read_history
 from raypipe.tracking.plateau import plateau_line, plateaued
-from raypipe.tracking.ratio import Ratio, ratio
+from raypipe.tracking.ratio import Ratio, half_width, ratio
 
 TASK = {"name": "classification", "classes": 10}
 
@@ -158,6 +158,13 @@ def test_only_pairs_of_equal_seeds_count() -> None:
     five = ratio(dict(enumerate([0.95, 0.96, 0.97, 0.98, 0.99])), dict.fromkeys(range(5), 1.0))
     assert five is not None
     assert five.low == pytest.approx(0.97 - 2.132 * 0.015811 / math.sqrt(5), abs=1e-5)
+
+
+@pytest.mark.parametrize(("num", "quantile"), [(2, 12.706), (5, 2.776), (12, 2.201), (31, 2.042), (121, 1.980)])
+def test_the_interval_of_a_mean_is_students(num: int, quantile: float) -> None:
+    values = [0.0, 1.0] + [0.5] * (num - 2)
+    error = math.sqrt(0.5 / (num - 1) / num)
+    assert half_width(values) == pytest.approx(quantile * error, rel=1e-3)
 
 
 def test_a_run_that_learned_nothing_is_not_left_out_of_the_ratio() -> None:

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "jobs"))
 
+from compare import _everything, parsed
 from compare_arms import ARMS, Result, Scale, Unit, run, twins
 from compare_clock import DOWN, STEP_S, UP
 from compare_kept import Kept, plan
@@ -57,6 +58,15 @@ def test_what_moves_is_counted() -> None:
 
 
 @pytest.mark.long
+def test_the_twin_test_alone_is_tuned_like_the_rest_and_runs_nothing_else() -> None:
+    options = parsed(["--twins-only", "--arms", "alone", "paced", "--seeds", "2", "--images", "400"])
+    units = list(_everything(options, SCALE, [1, 2], Kept(None), 3))
+    assert [(unit.arm, unit.split, unit.judge_by) for unit in units[:3]] == [("paced", "two-labels", "validation")] * 3
+    assert [(unit.split, unit.seed, unit.twin_slowness) for unit in units[3:]] == [
+        ("twin", 1, 1.0), ("twin", 1, 10.0), ("twin", 2, 1.0), ("twin", 2, 10.0),
+    ]  # fmt: skip
+
+
 def test_twins_differ_in_their_speed_alone() -> None:
     fast, slow = twins(Unit("paced", "two-labels", 1, 0.05, SCALE))
     assert (fast.split, slow.split, fast.twin_slowness, slow.twin_slowness) == ("twin", "twin", 1.0, 10.0)

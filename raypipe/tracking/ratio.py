@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
 # One-sided 95 % quantiles of Student's t by degrees of freedom; beyond the table the normal's.
 T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761, 1.753)
 NORMAL95 = 1.645
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # two-sided 95 %
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +42,16 @@ def ratio(own: Mapping[int, float], other: Mapping[int, float], *, falls: bool =
     free = len(found) - 1
     quantile = T95[free - 1] if free <= len(T95) else NORMAL95
     return Ratio(fmean(found), fmean(found) - quantile * stdev(found) / math.sqrt(len(found)), len(found))
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the two-sided 95 % interval of a mean, of two values or more."""
+    return _t975(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+def _t975(free: int) -> float:
+    """Student's quantile; beyond the table by the expansion of Cornish and Fisher, there right to 0.002."""
+    if free <= len(T975):
+        return T975[free - 1]
+    z = 1.95996
+    return z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
