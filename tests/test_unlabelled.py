@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import yaml
 from test_shell import SitePort, records, run
+from torch import nn
+from torchvision.ops import box_iou
 
 from raypipe.config.schema import RunConfig
 from raypipe.data.writer import Box, Example, SplitWriter
@@ -125,6 +127,89 @@ def test_a_place_where_such_a_class_is_seen_teaches_nothing_about_objects() -> N
     none = task.among((), module).boxes
     assert none is not None
     assert none.step(module, torch.zeros(2, 3, SIZE, SIZE), box[:0]).isfinite(), "of a store that has none of them"
+
+
+B, OWN = (0.25, 0.25, 0.75, 0.75), (0.8, 0.8, 0.98, 0.98)  # shares of the side: a b without a box, an a that has one
+
+
+def found_there(size: int) -> list[list[list[float]]]:
+    """What a version finds: a b; then only what is no such thing (an a there, a b where the store says a, a line)."""
+    b, own = ([size * share for share in box] for box in (B, OWN))
+    return [[[*b, 0.9, 1.0]], [[*b, 0.9, 0.0], [*own, 0.9, 1.0], [0.0, 0.0, 0.0, 9.0, 0.9, 1.0]], []]
+
+
+def taught(module: Any, size: int, found: list[list[float]]) -> None:
+    """A training step at a store that knows a and c, of two images: in the first its version finds these."""
+    asked = tasks.build({**TASK, "classes": ["a", "b", "c"], "image_size": size}).among((0, 2), module)
+    assert asked.boxes is not None
+    step: Any = asked.boxes.step
+    step.keywords["version"].raw = lambda images: [torch.tensor(some).reshape(-1, 6) for some in (found, [])]
+    centre, side = size * (OWN[0] + OWN[2]) / 2, size * (OWN[2] - OWN[0])
+    loss = step(module.train(), torch.rand(2, 3, size, size), torch.tensor([[0, 0, centre, centre, side, side, 0.0]]))
+    assert loss.isfinite()
+    loss.backward()
+
+
+def over(boxes: torch.Tensor, size: int, box: Sequence[float], least: float) -> torch.Tensor:
+    return box_iou(size * torch.tensor([box]), boxes)[0] >= least
+
+
+def test_ssdlite_is_not_taught_that_what_nobody_could_label_is_background() -> None:
+    size, kept = 320, dict[str, torch.Tensor]()
+    module: Any = models.build({"name": "ssdlite320_mobilenet_v3_large"}, 3, 3, size)
+    net = module.net
+    net.anchor_generator.register_forward_hook(lambda part, inputs, output: kept.update(anchors=output[0]))
+    module.eval()(torch.rand(1, 3, size, size))
+    near, own = (over(kept["anchors"], size, box, 0.5) for box in (B, OWN))
+    assert near.sum() >= 3
+
+    def like_b(_: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros_like(output)
+        logits[0, near, 2] = 9.0  # the hardest of all negatives
+        kept["logits"] = logits.requires_grad_()
+        return logits
+
+    net.head.classification_head.register_forward_hook(like_b)
+    moved = []
+    for found in found_there(size):
+        taught(module, size, found)
+        assert kept["logits"].grad is not None
+        moved.append((kept["logits"].grad[0] != 0).any(1))
+    assert not moved[0][near].any()
+    assert moved[0][own].any(), "what it has a box for it goes on to teach"
+    for unchanged in moved[1:]:
+        assert unchanged[near].any(), "seen, but not as a class that it cannot label"
+
+
+def test_faster_rcnn_is_not_taught_that_what_nobody_could_label_is_background() -> None:
+    size, sure, kept = 128, list[torch.Tensor](), dict[str, torch.Tensor]()
+    module: Any = models.build({"name": "fasterrcnn_mobilenet_v3_large_320_fpn"}, 3, 3, size)
+    net = module.net
+    net.transform.min_size, net.transform.max_size = (size,), size
+    net.roi_heads.box_head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 1024))  # a quick one
+    for part in (net.rpn, net.roi_heads):
+        part.fg_bg_sampler.batch_size_per_image = 10**6  # all that there are
+
+    def unsure(_: Any, inputs: Any, output: Any) -> Any:
+        sure[:] = [torch.zeros_like(level).requires_grad_() for level in output[0]]
+        return sure, [torch.zeros_like(level) for level in output[1]]
+
+    net.rpn.anchor_generator.register_forward_hook(lambda part, inputs, output: kept.update(anchors=output[0]))
+    net.rpn.head.register_forward_hook(unsure)
+    net.roi_heads.box_roi_pool.register_forward_pre_hook(lambda part, inputs: kept.update(drawn=inputs[1][0]))
+    seen = []
+    for found in found_there(size):
+        taught(module, size, found)
+        slopes = [level.grad[0].permute(1, 2, 0).flatten() != 0 for level in sure if level.grad is not None]
+        near = over(kept["anchors"], size, B, 0.3)
+        assert near.sum() >= 3
+        seen.append((torch.cat(slopes)[near], *(over(kept["drawn"], size, box, 0.5) for box in (B, OWN))))
+    assert not seen[0][0].any(), "no word on whether there is an object"
+    assert not seen[0][1].any(), "nor on what it is"
+    assert seen[0][2].any(), "what it has a box for it goes on to teach"
+    for objects, classes, _ in seen[1:]:
+        assert objects.any(), "seen, but not as a class that it cannot label"
+        assert classes.any(), "the same"
 
 
 def test_what_a_store_cannot_label_is_no_mistake_when_it_judges(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+SEEN = 0.05  # chance of an object of a class that nobody labelled from which a place is no background
 CANDIDATES = 1000  # an image, before overlapping ones are removed: an untrained model sees something everywhere
 
 

@@ -13,13 +13,12 @@ from torch.nn import functional
 from torchvision.ops import complete_box_iou_loss
 
 from raypipe.models.autocast import full_precision
-from raypipe.models.detector import boxes_of
+from raypipe.models.detector import SEEN, boxes_of
 
 STRIDES = (8, 16, 32)
 BALANCE = (4.0, 1.0, 0.4)  # of the object loss: small objects are many and hard
 LEAST_SIDE = 1e-3  # strides, added in the loss: of a box without height the ratio of sides has no gradient
 USUAL_SIZE, USUAL_OBJECTS, USUAL_CLASS = 640, 8, 0.6  # the priors: so many objects in such an image
-SEEN = 0.05  # chance of an object of a class that nobody labelled from which a place is no background: see `_others`
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,10 +54,11 @@ def detection(
     `merge`: other names that count as a class, e.g. {shoe: [Sandal, Sneaker]}; `unknown`: what a store does with
     boxes of classes that are not listed. `absent`, `gone`: as in classification.py. Of a class that a store cannot
     label nothing is judged there, and nothing taught: where the version that it began with sees one a YOLOv5 goes
-    on to; to other models, whose losses know of none, it is background. `mosaic`, `flip`: share of training batches,
-    and of images, so changed; `colour`: how far brightness, contrast and each colour move, at most. `score`, `overlap`:
-    detections below are left out, and of two that overlap more the weaker one, when a version is judged. `score_bins`:
-    to which scores are rounded then; None: 256, or fewer where there are many classes.
+    on to, and SSDlite and Faster R-CNN are taught nothing; to ultralytics, whose loss knows of none, it is background.
+    `mosaic`, `flip`: share of training batches, and of images, so changed; `colour`: how far brightness, contrast and
+    each colour move, at most. `score`, `overlap`: detections below are left out, and of two that overlap more the
+    weaker one, when a version is judged. `score_bins`: to which scores are rounded then; None: 256, or fewer where
+    there are many classes.
     """
     names = None if isinstance(classes, int) else tuple(classes)
     num = classes if isinstance(classes, int) else len(classes)
