@@ -144,10 +144,10 @@ def arrived(site: Site, store: str) -> list[int]:
 
 
 def under_way(site: Site, store: str) -> set[str]:
-    """Tickets of a store whose update is finished and has not come."""
+    """Tickets of a store whose update is finished, has not come, and is not given up."""
     events = [event for event in diary(site) if event.get("ticket", "").endswith(f".{store}")]
     done, come = ({e["ticket"] for e in events if e["event"] == kind} for kind in ("Trained", "UpdateArrived"))
-    return done - come
+    return done - come - {body["ticket"] for _, body in site.records("update_rejected", "ticket_failed")}
 
 
 def left(site: Site, store: str, since: float) -> dict[str, int]:
