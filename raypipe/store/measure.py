@@ -189,6 +189,7 @@ def own_statistics(
                     seen += len(inputs)
         if not seen and not stopped():
             raise StoreRefused("statistics of the store's own need at least 2 training images that can be read")
+        model.eval()
         yield
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
