@@ -130,6 +130,10 @@ class Attestor:
         """The same, for what is no message of the protocol, or only a part of one."""
         self._write(kind, run, ticket, len(raw), digest(raw), why)
 
+    def paused(self, run: str, ticket: str, why: str) -> None:
+        """Why a ticket pauses leaves the store. Raises StoreError: it may not."""
+        self.said("pause", run, ticket, why.encode(), "told at each heartbeat until it changes")
+
     def update_left(self, report: Report, run: str, how: list[Part], encoded: Array, why: str) -> None:
         """A receipt for an update; in a run without a ledger it says how many bytes and not which."""
         with self._lock:

@@ -88,7 +88,7 @@ class Site:
         self._outboxes: dict[str, Outbox] = {}
         self._opening = Lock()
         self._work = Lock()  # one ticket or evaluation at a time
-        self._controls = Controls(self._terms.taken, self._terms.closed, self._pauses)
+        self._controls = Controls(self._terms.taken, self._terms.closed, self._attestor.paused)
         self.code = ""  # of a vault: the hash of what is installed there
         tidy(home, wall(), self._log)
 
@@ -256,9 +256,6 @@ class Site:
     def pausing(self) -> str:
         """Why what runs now computes nothing; empty when it does, or nothing runs. It is to leave: see receipts.py."""
         return self._controls.pausing()
-
-    def _pauses(self, run: str, ticket_id: str, why: str) -> None:
-        self._attestor.said("pause", run, ticket_id, why.encode(), "told at each heartbeat until it changes")
 
     def refusal(self, error: BaseException, method: str, ticket_id: str = "", run: str = "") -> Refusal:
         """An exception as a message, which leaves; what may not leave the store goes to its own log."""
