@@ -130,6 +130,8 @@ def cluster() -> Iterator[Place]:
     )
     for number, store in enumerate(STORES):
         nodes.add_node(num_cpus=2, resources={f"store:{store}": 1}, node_ip_address=f"127.0.0.{number + 3}", **common)
+    # As `ray start` does; else a job's own process takes any cluster that it finds on this machine.
+    (folder / "c" / "ray_current_cluster").write_text(nodes.address)
     try:
         yield Place(nodes.address, f"http://127.0.0.1:{jobs}", folder, folder / "stores", folder / "home", nodes)
     finally:
