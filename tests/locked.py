@@ -71,8 +71,9 @@ def site() -> Iterator[Locked]:
         token_of(folder / "certs")
         split = {"name": "dirichlet", "alpha": 1.0}
         make_stores(folder / "stores", STORES, source=load_sample(), split=split, size_ratio=1.0, max_images=1000)
-        with (folder / "stores" / RATED / "policy.yaml").open("a") as policy:
-            policy.write(f"max_upload_bytes_s: {RATE}\n")
+        for store, rate in ((RATED, f"max_upload_bytes_s: {RATE}\n"), (THIN, "")):
+            with (folder / "stores" / store / "policy.yaml").open("a") as policy:
+                policy.write(f"{rate}yield_file: {folder / store}.busy\n")
         config = {
             **CONFIG,
             "model": {"name": "small_cnn", "width": 8, "hidden": 1000},
@@ -108,14 +109,21 @@ def idle(machine: Machine, seconds: float = 5.0) -> float:
     return (carried(machine) - before) / seconds
 
 
-def at_rest(site: Site, store: str) -> int:
-    """What `carried` says, at a moment at which no update is on its way; else 0."""
-    before = carried(site.stores[store])
-    if under_way(site, store):
-        return 0
-    time.sleep(0.5)
-    after = carried(site.stores[store])
-    return 0 if under_way(site, store) or after - before > 50_000 else after
+def at_rest(site: Locked, store: str) -> int:
+    """What `carried` says once all has come that was on its way, while the store's owner needs the machine."""
+    busy = site.folder / f"{store}.busy"
+    busy.touch()
+
+    def still() -> int:
+        before = carried(site.stores[store])
+        time.sleep(4)
+        after = carried(site.stores[store])
+        return after if after - before < 4 * site.idle_bytes_s[store] + 50_000 else 0
+
+    time.sleep(4)
+    found: int = site.until(still, 200, f"nothing of {store} on its way")
+    busy.unlink()
+    return found
 
 
 def half_handed_over(machine: Machine) -> bool:

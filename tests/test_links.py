@@ -85,7 +85,7 @@ print(json.dumps(found))
 @pytest.mark.parametrize("store", [RATED, THIN])
 def test_an_update_that_is_cut_off_on_its_way_arrives_and_little_is_sent_twice(site: Locked, store: str) -> None:
     machine = site.stores[store]
-    before = site.until(lambda: at_rest(site, store), 200, f"nothing of {store} on its way")
+    before = at_rest(site, store)
     began, again, known = time.time(), sent_again(machine), len(arrived(site, store))
     site.until(lambda: half_handed_over(machine), 200, f"an update of {store} under way")
     assert len(arrived(site, store)) == known
@@ -93,7 +93,7 @@ def test_an_update_that_is_cut_off_on_its_way_arrives_and_little_is_sent_twice(s
     time.sleep(AWAY_S)
     machine.cable("up")
     site.until(lambda: len(arrived(site, store)) >= known + 2, 400, f"the update of {store}, and one more")
-    sent = site.until(lambda: at_rest(site, store), 200, f"nothing of {store} on its way") - before
+    sent = at_rest(site, store) - before
     moved = arrived(site, store)[known:]
     idle_bytes = site.idle_bytes_s[store] * (time.time() - began)
     more, longest = (sent - idle_bytes) / sum(moved) - 1, max(gaps(site, began))
