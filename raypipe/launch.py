@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -38,13 +38,20 @@ GIVE_UP_S = 90.0  # after a second Ctrl-C, or when the coordinator does not answ
 
 
 def federate(
-    config: RunConfig, address: str | None, screen: Screen, resume: str | None = None, *, insecure: bool = False
+    config: RunConfig,
+    address: str | None,
+    screen: Screen,
+    ends: ExitStack,
+    resume: str | None = None,
+    *,
+    insecure: bool = False,
 ) -> dict[str, Any]:
     """A whole run; its summary. Ctrl-C ends it cleanly: what was published is kept. SIGTERM (`ray job stop`) leaves it
     to be resumed, within the three seconds that Ray gives a job.
 
-    Raises RaypipeError. `address`: a Ray address; None: RAY_ADDRESS if set, else this machine alone. `resume`: the id
-    of a run to be taken up. `insecure`: a cluster that lets strangers in will do.
+    Raises RaypipeError. `address`: a Ray address; None: RAY_ADDRESS if set, else this machine alone. `ends`: with it
+    the cluster is left, which takes seconds. `resume`: the id of a run to be taken up. `insecure`: a cluster that lets
+    strangers in will do.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:
@@ -59,12 +66,10 @@ def federate(
     else:
         home = str(raypipe_home())
         _start_here(config)
-    try:
-        if address and not insecure:
-            refuse_open(cluster.address())
-        return _watch(config, run, home, screen, again=resume is not None)
-    finally:
-        cluster.shut_down()
+    ends.callback(cluster.shut_down)
+    if address and not insecure:
+        refuse_open(cluster.address())
+    return _watch(config, run, home, screen, again=resume is not None)
 
 
 def ask(run: str, address: str | None, method: str, *arguments: Any) -> Any:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from rich.console import Console
 
 from raypipe.config.shipped import DEFAULT
+from raypipe.importing import without_collecting
 from raypipe.record_verbs import Verb
 
 
@@ -47,10 +49,11 @@ def add_asking(verb: Verb) -> None:
 
 
 def _train(options: argparse.Namespace, console: Console) -> int:
-    from raypipe.comeback import left_of
-    from raypipe.launch import federate
-    from raypipe.run import load_resumed, load_run
-    from raypipe.tracking.console import Screen, show_summary
+    with without_collecting():
+        from raypipe.comeback import left_of
+        from raypipe.launch import federate
+        from raypipe.run import load_resumed, load_run
+        from raypipe.tracking.console import Screen, show_summary
 
     path, run = options.config_option or options.config, None
     if options.resume:
@@ -60,12 +63,13 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         if (options.address or os.environ.get("RAY_ADDRESS")) and not options.new:
             run = left_of(config)
     title = f"{config.name}: {len(config.stores)} stores, {config.model['name']}, {config.pace}"
-    with Screen(console, title, config.stop.max_seconds, config.stop.max_versions) as screen:
-        screen.say(title)
-        if run and not options.resume:
-            screen.say(f"goes on with run {run}, which was not ended; --new begins another")
-        summary = federate(config, options.address, screen, run, insecure=options.insecure)
-    show_summary(console, summary, f"raypipe promote {summary['run']} {summary['best_version']} --as champion")
+    with ExitStack() as ends:
+        with Screen(console, title, config.stop.max_seconds, config.stop.max_versions) as screen:
+            screen.say(title)
+            if run and not options.resume:
+                screen.say(f"goes on with run {run}, which was not ended; --new begins another")
+            summary = federate(config, options.address, screen, ends, run, insecure=options.insecure)
+        show_summary(console, summary, f"raypipe promote {summary['run']} {summary['best_version']} --as champion")
     return 1 if summary["status"] == "failed" else 0
 
 

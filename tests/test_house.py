@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import gc
 import subprocess
 import sys
 from pathlib import Path
 
 from conftest import ROOT
+
+from raypipe.importing import without_collecting
 
 PACKAGE = ROOT / "raypipe"
 RAY_HERE = {"launch.py", "placement/provider.py", "store/client.py"}  # beside the files named actor.py
@@ -54,6 +57,26 @@ def test_decisions_load_neither_torch_nor_ray_nor_mlflow() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_configuration_is_checked_without_torch_which_takes_a_second_to_import() -> None:
+    code = (
+        "import sys; from pathlib import Path; from raypipe.run import load_run\n"
+        "for file in sorted(Path('configs').glob('*.yaml')): load_run(file)\n"
+        "print(sorted({'torch', 'ray', 'mlflow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_imports_collect_no_garbage_and_are_no_garbage_later() -> None:
+    before = gc.get_freeze_count()
+    with without_collecting():
+        assert not gc.isenabled()
+        made = [[number] for number in range(1000)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= before + len(made)
+    gc.unfreeze()
 
 
 def test_no_message_or_file_of_ours_is_pickled() -> None:

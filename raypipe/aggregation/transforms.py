@@ -12,16 +12,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
-import torch
 from pydantic import Field
 
-from raypipe.aggregation.fold import Mean
 from raypipe.registry import Registry
 from raypipe.types import Layout
 
-State: TypeAlias = dict[str, torch.Tensor]
+if TYPE_CHECKING:  # a transform's settings are checked without torch, which takes a second to import
+    import torch
+
+    from raypipe.aggregation.fold import Mean
+
+State: TypeAlias = "dict[str, torch.Tensor]"
 Rate: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
@@ -63,7 +66,7 @@ def momentum(*, lr: Rate = 1.0, beta: Share = 0.9, dampened: bool = True) -> Tra
             m.mul_(beta).add_(s, alpha=1.0 - beta if dampened else 1.0)
             w.add_(m, alpha=lr)
 
-    return Transform(lambda size: {"m": torch.zeros(size)}, update)
+    return Transform(lambda size: {"m": _full(size)}, update)
 
 
 @transforms("adam")
@@ -74,7 +77,7 @@ def adam(*, lr: Rate = 0.03, beta1: Share = 0.9, beta2: Share = 0.99, eps: Rate 
     """
 
     def init(size: int) -> State:
-        return {"m": torch.zeros(size), "v": torch.full((size,), eps**2)}
+        return {"m": _full(size), "v": _full(size, eps**2)}
 
     def update(weights: torch.Tensor, step: torch.Tensor, state: State) -> None:
         for w, s, m, v in _blocks(weights, step, state["m"], state["v"]):
@@ -95,7 +98,7 @@ def ema(*, lr: Rate = 1.0, decay: Share = 0.9, ramp: Rate = 10.0) -> Transform:
     """
 
     def init(size: int) -> State:
-        return {AVERAGE: torch.zeros(size), "versions": torch.zeros(1)}
+        return {AVERAGE: _full(size), "versions": _full(1)}
 
     def update(weights: torch.Tensor, step: torch.Tensor, state: State) -> None:
         if state["versions"] == 0:
@@ -150,6 +153,12 @@ def server_memory(layout: Layout, transform: Transform) -> int:
     shared: int = layout.shared.stop
     vectors = sum(tensor.numel() == 2 for tensor in transform.init(2).values())
     return layout.size + vectors * shared + 2 * layout.update_size
+
+
+def _full(size: int, value: float = 0.0) -> torch.Tensor:
+    import torch
+
+    return torch.full((size,), value)
 
 
 def _blocks(*vectors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ray
 from pydantic import TypeAdapter
 
-from raypipe.config.schema import RunConfig, Store
+from raypipe.config.schema import RunConfig, Store, Transport
 from raypipe.coordinator import events as ev
 from raypipe.coordinator.asking import Answers, Question, ask
 from raypipe.coordinator.closing import Judged, judged, unjudged
@@ -26,7 +26,9 @@ from raypipe.coordinator.recalibration import last_version
 from raypipe.coordinator.shell import Shell
 from raypipe.coordinator.stages import rehearse
 from raypipe.errors import ConfigError, RaypipeError, RunError, StoreSuperseded
-from raypipe.store.client import StoreClient
+from raypipe.importing import without_collecting
+from raypipe.store.client import StoreClient, call
+from raypipe.store.code import code_hash
 from raypipe.tasks.class_list import Change
 from raypipe.tracking.actor import FollowerClient
 
@@ -59,6 +61,7 @@ class Coordinator:
         self._run = run
         self._composition: Composition | None = None
         self._keeping: dict[str, asyncio.Task[None]] = {}
+        self._called: dict[str, Any] = {}  # actors of stores that start while the run is composed
         self._phase = "starting"
         self._follower: FollowerClient | None = None
         self._summary: dict[str, Any] | None = None
@@ -74,7 +77,7 @@ class Coordinator:
         background = [asyncio.create_task(shell.run_lane())]
         if made.config.track.mlflow:
             self._follower = FollowerClient(made.folder, made.home, self._mlflow)
-            background.append(asyncio.create_task(self._follower.later()))
+            background.append(asyncio.create_task(self._follower.begin(again=made.epoch > FIRST)))
         try:
             for store in made.config.stores:
                 self._keep(store)
@@ -167,16 +170,33 @@ class Coordinator:
         shell.ports[store].kill()
 
     async def _composed(self) -> Composition:
-        if self._prepare is None:
-            return await asyncio.to_thread(self._compose, self._config)
-        self._phase = "asking the stores"
-        found = await self._prepare()
-        return await asyncio.to_thread(self._compose, found.config, start=found.start, asked=found.asked)
+        try:
+            self._call_stores()
+            with without_collecting():
+                if self._prepare is None:
+                    return await asyncio.to_thread(self._compose, self._config)
+                self._phase = "asking the stores"
+                found = await self._prepare()
+                return await asyncio.to_thread(self._compose, found.config, start=found.start, asked=found.asked)
+        except Exception:
+            for actor in self._called.values():
+                ray.kill(actor)
+            raise
+
+    def _call_stores(self) -> None:
+        """All of them, where all are had from the start."""
+        config, code = RunConfig.model_validate(self._config), code_hash()
+        if config.pacing.max_active_stores is None:
+            made = {s.id: call(s, self._run, code, config.transport_of(s)) for s in config.stores}
+            self._called = {store: actor for store, actor in made.items() if actor is not None}
+
+    def _client(self, store: Store, epoch: int, code: str, transport: Transport) -> StoreClient:
+        return StoreClient(store, self._run, epoch, code, transport, self._called.pop(store.id, None))
 
     async def _ask(self, config: RunConfig, question: Question) -> Answers:
         """Of all stores, before there is anything else; their processes stay for the run."""
         transports = {store.id: config.transport_of(store) for store in config.stores}
-        ports = {s.id: StoreClient(s, self._run, FIRST, question.code, transports[s.id]) for s in config.stores}
+        ports = {s.id: self._client(s, FIRST, question.code, transports[s.id]) for s in config.stores}
         handle = None if question.weights is None else ray.put(question.weights)
         at_once = config.pacing.max_active_stores
         return await ask(ports, question, handle, join_s=config.pacing.join_s, at_once=at_once)
@@ -195,7 +215,7 @@ class Coordinator:
             raise RunError("the run has not begun yet")
         if store.id in self._keeping and not self._keeping[store.id].done():
             raise RunError(f"store {store.id} is in this run already")
-        port = StoreClient(store, self._run, made.epoch, made.code, made.config.transport_of(store))
+        port = self._client(store, made.epoch, made.code, made.config.transport_of(store))
         keeping = made.shell.keep(store.id, port, made.config.pacing.heartbeat_s, RETRY_S, trains=trains)
         self._keeping[store.id] = asyncio.create_task(keeping)
 

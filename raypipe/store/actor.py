@@ -19,13 +19,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Thread
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import ray
 
-from raypipe.config.schema import Transport
 from raypipe.errors import StoreError
+from raypipe.importing import without_collecting
 from raypipe.ledger.keys import digest
 from raypipe.ledger.receipts import write_apart
 from raypipe.placement.homes import stores_home
@@ -33,6 +33,9 @@ from raypipe.store import messages as msg
 from raypipe.store.going import Going, Pace
 from raypipe.store.pieces import Pieces
 from raypipe.store.safety import refusal, site_log
+
+if TYPE_CHECKING:
+    from raypipe.config.schema import Transport
 
 ORPHAN_S = 120.0  # an actor that no coordinator has spoken to for so long ends itself
 MAX_GOING = 2  # updates kept to be fetched in pieces: the one on its way, and the next
@@ -205,7 +208,8 @@ StoreActor: Any = _with_options(concurrency_groups={"control": 2, "upload": 1}, 
 
 
 def _make_site(store: str, cpus: float, gpus: float, slowdown: float, ranks: int) -> Any:
-    from raypipe.store.site import Site
+    with without_collecting():
+        from raypipe.store.site import Site
 
     node = ray.get_runtime_context().get_node_id()[:12]
     return Site(stores_home() / store, cpus=cpus, gpus=gpus, ranks=ranks, slowdown=slowdown, node=node)

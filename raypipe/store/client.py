@@ -52,6 +52,14 @@ def _end_holder(store: str, run: str) -> None:
     end_holder(stores_home() / store, run)
 
 
+def call(store: Store, run: str, code: str, transport: Transport) -> Any:
+    """A store's actor, where there is none yet: to start takes it seconds, in which nobody need wait for it."""
+    with suppress(ValueError):
+        ray.get_actor(_name(store, run, code, transport), namespace=NAMESPACE)
+        return None
+    return _make(store, _name(store, run, code, transport), transport)
+
+
 class StoreClient:
     """The coordinator's side of one store: the protocol, with Ray's errors told as ours.
 
@@ -60,11 +68,13 @@ class StoreClient:
     coordinator has the run, this side lets go of the actor and never ends it.
     """
 
-    def __init__(self, store: Store, run: str, epoch: int, code: str, transport: Transport) -> None:
+    def __init__(self, store: Store, run: str, epoch: int, code: str, transport: Transport, called: Any = None) -> None:
+        """`called`: its actor, if it was just made by `call`."""
         self.store, self._transport = store, transport
         self._run, self._epoch = run, epoch
-        self._name = f"store/{run}/{store.id}/{code[:8]}/{transport}"
+        self._name = _name(store, run, code, transport)
         self._actor: Any = None
+        self._called = called
         self._process: int | None = None
         self._updates: dict[str, Any] = {}  # that came with their reports: they stay at their node until collected
         self._verdicts: list[bytes] = []
@@ -77,7 +87,8 @@ class StoreClient:
         An actor that trains answers when its ticket is finished. Raises StoreError, StoreSuperseded.
         """
         self._process = self._given = None
-        self._actor = await self._found() or self._made()
+        called, self._called = self._called, None
+        self._actor = called or await self._found() or _make(self.store, self._name, self._transport)
         waiting = asyncio.create_task(_stay(self._actor))
         try:
             card = self._expect(msg.Card, await self._ask("describe", self._run, self._epoch))
@@ -106,13 +117,6 @@ class StoreClient:
             ray.cancel(ending)  # its node is away: run later, it would end a process that is well
         ray.kill(actor)
         return None
-
-    def _made(self) -> Any:
-        store = self.store
-        options = store_options(store.id, store.cpus, store.gpus)
-        named = {"name": self._name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-        wanted = (store.id, store.cpus, store.gpus, store.slowdown)
-        return StoreActor.options(**named, **options).remote(*wanted, transport=self._transport, ranks=store.num_ranks)
 
     def _pin(self) -> Any:
         return store_options(self.store.id, 0, 0)["resources"]
@@ -288,6 +292,17 @@ class StoreClient:
             raise StoreUnreachable(f"store {self.store.id}: {_why(error)}") from None
         except rex.RayError as error:
             raise StoreError(f"store {self.store.id}: {type(error).__name__} in {method}") from None
+
+
+def _name(store: Store, run: str, code: str, transport: Transport) -> str:
+    return f"store/{run}/{store.id}/{code[:8]}/{transport}"
+
+
+def _make(store: Store, name: str, transport: Transport) -> Any:
+    options = store_options(store.id, store.cpus, store.gpus)
+    named = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+    wanted = (store.id, store.cpus, store.gpus, store.slowdown)
+    return StoreActor.options(**named, **options).remote(*wanted, transport=transport, ranks=store.num_ranks)
 
 
 async def _stay(actor: Any) -> None:

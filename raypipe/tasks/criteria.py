@@ -21,9 +21,10 @@ else:  # settings are checked from signatures without torch
 @losses("cross_entropy")
 def cross_entropy(*, label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0) -> Loss:
     """Smoothing helps where labels are wrong now and then. Szegedy et al. 2015, arXiv:1512.00567."""
-    from torch.nn import functional
 
     def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        from torch.nn import functional
+
         return functional.cross_entropy(outputs, labels, label_smoothing=label_smoothing)
 
     return loss
@@ -32,9 +33,10 @@ def cross_entropy(*, label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0)
 @losses("focal")
 def focal(*, gamma: Annotated[float, Field(ge=0, le=10)] = 2.0) -> Loss:
     """Weighs easy examples less, for rare classes. Lin et al. 2017, arXiv:1708.02002."""
-    from torch.nn import functional
 
     def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        from torch.nn import functional
+
         cross = functional.cross_entropy(outputs, labels, reduction="none")
         return ((1 - (-cross).exp()) ** gamma * cross).mean()
 

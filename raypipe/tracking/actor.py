@@ -6,16 +6,20 @@ import asyncio
 import os
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from raypipe.importing import without_collecting
+
 if TYPE_CHECKING:
     from raypipe.tracking.follow import Follower
 
 POLL_S = 0.5
-FOLLOW_S = 4.0  # after which a run begins to be told of
+REST_S = 2.0  # between two steps, while a run goes on
+COMEBACK_S = 4.0  # for which a run that comes back has the cores for itself
 DRAIN_S = 30.0  # how long its end waits
 
 
@@ -34,9 +38,8 @@ class Following:
         `environment`: MLFLOW_* settings for this process alone, set before MLflow is imported.
         """
         os.environ.update(environment or {})
-        os.nice(19)  # on one machine the stores' training goes first; when it ends, all of a core is free for this
         self._where = (Path(run_dir), uri, Path(home) if home else None)
-        self._stop = threading.Event()
+        self._stop, self._hurry = threading.Event(), threading.Event()
         self._trouble = "starting"
         self._follower: Follower | None = None
         self._thread = threading.Thread(target=self._loop, name="mlflow-follower", daemon=True)
@@ -56,6 +59,7 @@ class Following:
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until MLflow has all that is written now; False when it did not in time."""
+        self._hurry.set()
         until = time.monotonic() + timeout_s
         while self.behind() != 0:
             if time.monotonic() >= until:
@@ -66,19 +70,21 @@ class Following:
     def stop(self) -> None:
         """End the loop after what it is at."""
         self._stop.set()
+        self._hurry.set()
         self._thread.join(timeout=30)
 
     def _loop(self) -> None:
-        from raypipe.tracking.follow import Follower
+        with without_collecting():
+            from raypipe.tracking.follow import Follower
 
         while not self._stop.is_set():
             try:
                 if self._follower is None:
                     self._follower = Follower(*self._where)
                     self._follower.step()  # imports MLflow, makes its tables: while the stores start
-                    os.nice(10)  # from here on training goes first
+                    os.nice(19)  # on one machine the stores go first; when they end, all of a core is free for this
                 self._trouble = ""
-                self._follower.run(self._stop, until_done=True)
+                self._follower.run(self._stop, until_done=True, rest=partial(self._hurry.wait, REST_S))
             except Exception as error:  # noqa: BLE001  whatever it is, the next attempt starts from the cursor
                 self._trouble = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             self._stop.wait(POLL_S)
@@ -99,9 +105,10 @@ class FollowerClient:
         self._what = (str(folder), None, str(home), environment)
         self._actor: Any = None
 
-    async def later(self) -> None:
-        """It takes a core to start: the stores are given work first."""
-        await asyncio.sleep(FOLLOW_S)
+    async def begin(self, *, again: bool) -> None:
+        """It takes a core to start: at first beside the stores' own start, else once they have work."""
+        if again:
+            await asyncio.sleep(COMEBACK_S)
         self._begin()
 
     def _begin(self) -> None:
