@@ -104,6 +104,19 @@ def test_loading_a_base_overwrites_counters_too() -> None:
     assert np.array_equal(flatten(model.module, model.layout), base)
 
 
+def test_images_lie_with_channels_last_but_where_weights_outweigh_them() -> None:
+    small, big = (
+        FlatModel(m, layout_of(m))
+        for m in (models.build({"name": name}, 10, 3, 32) for name in ("small_cnn", "resnet18"))
+    )
+    few, many = torch.randn(32, 3, 32, 32), torch.randn(256, 3, 32, 32)
+    assert small.laid_out(few).is_contiguous(memory_format=torch.channels_last)
+    assert big.laid_out(few) is few
+    assert big.laid_out(many).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(big.laid_out(many), many)
+    assert small.laid_out(table := torch.randn(5, 7)) is table
+
+
 def test_gradients_of_the_step_before_are_forgotten() -> None:
     model = flat({"name": "small_cnn"}, 28)
     model.module(torch.rand(1, 1, 28, 28)).sum().backward()

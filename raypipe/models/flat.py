@@ -24,6 +24,7 @@ from raypipe.registry import Spec
 from raypipe.types import Entry, Layout, Role
 
 BLOCK = 1 << 16  # floats: a quarter of a MiB
+PIXELS_A_WEIGHT = 1 / 64  # of a batch, for each weight of its convolutions, from which on channels last pays on a CPU
 
 __all__ = ["FlatModel", "flatten", "initial", "layout_of", "state_dict_from", "vector_from"]
 
@@ -139,6 +140,7 @@ class FlatModel:
         self._norms = [m for _, m in norms]
         self._still = [m for n, m in norms if (f"{n}." if n else "") + "running_mean" not in moving]
         self.has_batch_norm = len(norms) > len(self._still)
+        self._conv_weights = sum(m.weight.numel() for m in self.module.modules() if isinstance(m, nn.Conv2d))
 
     def _bind(self, entry: Entry, tensor: Tensor) -> None:
         if tensor.dtype != torch.float32:
@@ -209,6 +211,20 @@ class FlatModel:
 
     def eval(self) -> None:
         self.module.eval()
+
+    def laid_out(self, inputs: Tensor) -> Tensor:
+        """Images with their channels last in memory, as convolutions read them fastest.
+
+        On a CPU weights, which lie as PyTorch has them, are turned round in each pass. Measured on one core, a step:
+        small CNN -27 %, EfficientNet-lite0 at 96 pixels -31 %, YOLOv5n at 160 -20 %, ResNet-18 at 224 -15 %; but
+        ResNet-18 of 32 images of 32 pixels, whose weights are many and images small, +30 %: there they stay.
+        """
+        if inputs.ndim != 4:
+            return inputs
+        pixels = inputs.shape[0] * inputs.shape[2] * inputs.shape[3]
+        if self.device.type == "cpu" and pixels < PIXELS_A_WEIGHT * self._conv_weights:
+            return inputs
+        return inputs.contiguous(memory_format=torch.channels_last)
 
     def clear(self) -> None:
         """Forget the gradients of the step before."""

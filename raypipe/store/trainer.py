@@ -149,9 +149,9 @@ def evaluate(
 def _sums(model: FlatModel, task: Task, inputs: Inputs, targets: Tensor) -> Mapping[str, Tensor | float]:
     if task.boxes is not None:
         with _autocast(model.device):
-            return task.boxes.judge(model.module, _prepared(task, inputs)[0], targets)
+            return task.boxes.judge(model.module, _prepared(model, task, inputs)[0], targets)
     with _autocast(model.device):
-        outputs = model.module(*_prepared(task, inputs))
+        outputs = model.module(*_prepared(model, task, inputs))
     return {name: value.double() for name, value in task.sums(outputs.float(), targets).items()}
 
 
@@ -237,7 +237,7 @@ def _shared_step(
 def backward(model: FlatModel, task: Task, inputs: Inputs, targets: Tensor) -> Tensor:
     """The mean loss of a batch; gradients stay at the parameters."""
     model.clear()
-    loss = _loss(model, task, _prepared(task, inputs), targets)
+    loss = _loss(model, task, _prepared(model, task, inputs), targets)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
@@ -251,16 +251,10 @@ def _loss(model: FlatModel, task: Task, inputs: tuple[Tensor, ...], targets: Ten
     return task.loss(outputs.float(), targets)
 
 
-def _prepared(task: Task, pixels: Inputs) -> tuple[Tensor, ...]:
+def _prepared(model: FlatModel, task: Task, pixels: Inputs) -> tuple[Tensor, ...]:
     """The module's arguments."""
     inputs = task.prepare(pixels)
-    return tuple(_laid_out(each) for each in (inputs if isinstance(inputs, tuple) else (inputs,)))
-
-
-def _laid_out(inputs: Tensor) -> Tensor:
-    if inputs.device.type == "cpu" or inputs.ndim != 4:
-        return inputs
-    return inputs.contiguous(memory_format=torch.channels_last)
+    return tuple(model.laid_out(each) for each in (inputs if isinstance(inputs, tuple) else (inputs,)))
 
 
 def _autocast(device: torch.device) -> AbstractContextManager[object]:
