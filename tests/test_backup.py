@@ -104,7 +104,8 @@ def test_a_backup_is_all_that_the_run_was(ended: Path, tmp_path: Path) -> None:
     back = restore(saved.path, tmp_path / "home")
     there = {str(p.relative_to(back.path)): p for p in back.path.rglob("*") if p.is_file()}
     before = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
-    assert set(before) - set(there) == {"coordinator.pem", *(n for n in before if n.startswith(f"{FILE}-"))}
+    left = {"coordinator.pem", "versions/spare", *(n for n in before if n.startswith(f"{FILE}-"))}
+    assert set(before) - set(there) == left
     same = [name for name in there if name != FILE and there[name].read_bytes() == before[name].read_bytes()]
     assert len(same) == len(there) - 1
     assert list(Journal(back.path / FILE).read())[:-1] == list(Journal(folder / FILE).read())

@@ -216,6 +216,53 @@ def test_a_version_comes_back_as_it_was_written_by_name_and_dtype(tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == [stored.file]
 
 
+def test_a_version_is_written_over_one_that_was_removed_in_the_very_bytes_of_the_library(tmp_path: Path) -> None:
+    store, again = VersionStore(tmp_path / "run"), VersionStore(tmp_path / "again")
+    rng = np.random.default_rng(0)
+    vectors = [rng.standard_normal(TINY.size).astype(np.float32) for _ in range(4)]
+    for version, vector in enumerate(vectors[:2]):
+        store.write(version, vector, TINY, {"task": TASK, "n": "ä" * 50})
+        store.keep(version)
+    removed = store.path(1)
+    inode = removed.stat().st_ino
+    store.write(2, vectors[2], TINY, {})
+    store.keep(2)
+    assert store.prune(Retention(last=1)) == [1]
+    store.write(3, vectors[3], TINY, {"task": TASK})
+    stored = store.keep(3)
+    assert store.path(3).stat().st_ino == inode, "the pages are used again"
+    again.write(3, vectors[3], TINY, {"task": TASK})
+    assert again.keep(3) == stored, "and hold what a new file would"
+    assert sorted(store.read(3)) == ["n", "w"]
+    assert store.prune(Retention(last=1)) == [2]
+    assert store.path(3).stat().st_ino == inode
+    assert again.prune(Retention(last=1)) == [], "where none is removed one is laid by"
+    laid_by = (again.folder / "spare").stat()
+    assert laid_by.st_size == stored.num_bytes
+    again.write(4, vectors[3], TINY, {})
+    again.keep(4)
+    assert again.path(4).stat().st_ino == laid_by.st_ino
+    for one in (store, again):
+        one.tidy()
+    assert [store.kept(), again.kept()] == [[0, 3], [3, 4]]
+    assert len(list(store.folder.iterdir())) == 2
+
+
+def test_a_removed_version_that_somebody_has_open_is_not_written_over(tmp_path: Path) -> None:
+    store = VersionStore(tmp_path)
+    for version in range(3):
+        store.write(version, np.full(TINY.size, version, np.float32), TINY, {})
+        store.keep(version)
+    with store.path(1).open("rb") as opened:
+        before = opened.read()
+        assert store.prune(Retention(last=1)) == [1]
+        store.write(3, np.full(TINY.size, 3, np.float32), TINY, {})
+        opened.seek(0)
+        assert opened.read() == before
+    store.keep(3)
+    assert store.read(3)["w"].tolist() == [[3, 3], [3, 3]]
+
+
 def test_altered_weights_are_refused(tmp_path: Path) -> None:
     store = VersionStore(tmp_path)
     store.write(3, np.zeros(TINY.size, np.float32), TINY, {})

@@ -76,8 +76,7 @@ class Accumulator:
     def __init__(self, layout: Layout, *, threads: int | None = None, block: int = BLOCK) -> None:
         self._size = layout.update_size
         self._shared = layout.shared.stop
-        self._front = torch.zeros(self._size)
-        self._back = torch.zeros(self._size)
+        self._front, self._back = _vector(self._size), _vector(self._size)
         self._zero = torch.zeros(1)
         spans = ((0, self._shared, True), (self._shared, self._size, False))
         self._blocks = [
@@ -163,6 +162,11 @@ class Accumulator:
             torch.add(held, vector[block.start : block.stop], alpha=alpha, out=out)
             held = out
         return float(torch.dot(out, out))
+
+
+def _vector(size: int) -> torch.Tensor:
+    """Zeros; numpy asks the system for huge pages, torch does not."""
+    return torch.from_numpy(np.zeros(size, np.float32))
 
 
 def _tensor(vector: npt.NDArray[np.float32]) -> torch.Tensor:

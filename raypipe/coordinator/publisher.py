@@ -174,6 +174,7 @@ class Publisher:
         self.book.force(0)  # there is no version before it to go back to
         self.record("version_published", {**facts, **nothing, "bytes_total": self.bases.bytes_total, **step})
         self.book.keep(0)
+        self.book.prune(frozenset(), None)  # which lays a file by for the next one
         self.bases.handles[0] = self.bases.fetchable(0, self.model.vector)
 
     def resume(self, last: Mapping[str, Any]) -> None:

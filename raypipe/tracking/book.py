@@ -73,6 +73,8 @@ class RunBook:
             self._folded |= {c["ticket"]: body["version"] for c in body["contributions"]}
             for ticket in list(self._folded)[:-REMEMBERED]:
                 del self._folded[ticket]
+        elif kind == "run_finished":
+            self.versions.tidy()
         elif kind == "version_withdrawn":
             self._folded = {t: v for t, v in self._folded.items() if v != body["version"]}
             self._kept.pop(body["version"], None)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,12 +25,14 @@ from raypipe.errors import ConfigError, RunError
 from raypipe.ledger.keys import digest
 from raypipe.models.tensors import Array, state_dict_from, vector_from
 from raypipe.security.files import sync_folder
+from raypipe.tracking import overwrite
 from raypipe.types import Layout
 
 FOLDER = "versions"
 HEADER = "raypipe"  # the key of our metadata in a file's header
 DIGITS = 12
 STATE = "state-v{:05d}.safetensors"
+SPARE = "spare"  # the file that was removed last, to be written over
 
 Tensors: TypeAlias = dict[str, Array]
 
@@ -64,16 +67,23 @@ class VersionStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.life = 0  # the writer's epoch
+        self._writes = True  # until `tidy`: a file is left to be written over
 
     def write(self, version: int, vector: Array, layout: Layout, metadata: Mapping[str, object]) -> None:
         """Outlives this process when it returns, and the machine after `keep`. `metadata` goes into the header.
 
-        The library writes straight from the vector: one pass, no copy. Raises RunError when the disk is full.
+        Straight from the vector: one pass, no copy. Raises RunError when the disk is full.
         """
-        part = self._part(version)
+        part, tensors = self._part(version), state_dict_from(layout, vector)
+        header = {HEADER: json.dumps(metadata, sort_keys=True)}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(state_dict_from(layout, vector), part, metadata={HEADER: json.dumps(metadata, sort_keys=True)})
+            spare = overwrite.take_over(self.folder / SPARE, part) if overwrite.can_write(tensors) else None
+            if spare is None:
+                save_file(tensors, part, metadata=header)
+            else:
+                with spare:
+                    overwrite.write(spare, tensors, header)
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)
             raise RunError(f"version {version} could not be written: {_reason(error)}") from None
@@ -153,7 +163,7 @@ class VersionStore:
         return {int(file.stem[1:]) for file in self.folder.glob("v*.pin")}
 
     def prune(self, keep: Retention) -> list[int]:
-        """Remove what the rule does not keep; the versions removed, ascending."""
+        """Remove what the rule does not keep; the versions removed, ascending. One file is left to be written over."""
         kept = self.kept()
         gone = [v for v in kept if not keep.keeps(v, kept[0], kept[-1])]
         removed = []
@@ -161,8 +171,18 @@ class VersionStore:
             if version not in self.pinned():
                 removed.append(version)
                 for file in self._files(version):
-                    file.unlink(missing_ok=True)
+                    with suppress(FileNotFoundError):
+                        file.replace(self.folder / SPARE)
+        if not self._writes:
+            self.tidy()
+        elif kept and not (self.folder / SPARE).exists():
+            overwrite.lay_by(self.folder / SPARE, self.path(kept[-1]).stat().st_size)
         return removed
+
+    def tidy(self) -> None:
+        """When no more is written."""
+        self._writes = False
+        (self.folder / SPARE).unlink(missing_ok=True)
 
     def _part(self, version: int) -> Path:
         return self.folder / f"v{version:05d}.{self.life}.part"
