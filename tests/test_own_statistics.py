@@ -16,10 +16,12 @@ from test_resume import make
 from test_shell import NAMES, SitePort, config, records, run
 
 from raypipe.coordinator.closing import Judged, conclude
+from raypipe.coordinator.recalibration import Recalibrated
 from raypipe.errors import ConfigError
 from raypipe.models import build_for
 from raypipe.models.flat import FlatModel
 from raypipe.run import load_run
+from raypipe.store.messages import Evaluation
 from raypipe.tasks import tasks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +93,13 @@ def test_what_is_exported_has_statistics_measured_anew_and_is_tested_beside(home
     plain = asyncio.run(_concluded(made, ports, newest + 1, own=False))
     assert plain.exported == {}
     assert plain.test == found.exported
+
+
+def test_which_weights_are_exported_is_judged_with_the_statistics_that_are_exported() -> None:
+    judged, exported = ({"a": Evaluation("a", "validation", 2, {"loss": loss}, 0.1)} for loss in (2.0, 6.0))
+    found = Recalibrated(None, np.zeros(1, np.float32), judged=judged, exported=exported)
+    assert found.score("loss") == 3.0
+    assert found.evaluated(9)["metrics"] == {"loss": 1.0}, "versions are compared as stores judge them"
 
 
 async def _concluded(made: Any, ports: Any, version: int, *, own: bool = True) -> Judged:

@@ -5,9 +5,9 @@
 
 See aggregation/statistics.py for why. Where stores judge with statistics of their own (`evaluate.own_statistics`) the
 version's do not show in a score: then the best of those with statistics measured anew is the last version anyhow, since
-it is what is exported. The running average (`server: ema`) is judged also where nothing is measured. A
-store that fails or is late is left out from then on: what is had without it is judged like any other. A coordinator
-that dies meanwhile begins with this anew.
+it is what is exported; which one that is is told by a judgement with what is exported. The running average (`server:
+ema`) is judged also where nothing is measured. A store that fails or is late is left out from then on: what is had
+without it is judged like any other. A coordinator that dies meanwhile begins with this anew.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -53,18 +53,13 @@ class Recalibrated:
     vector: Array
     stores: dict[str, int] = field(default_factory=dict)  # who measured -> its images by which its part is weighed
     judged: dict[str, msg.Evaluation] = field(default_factory=dict)
+    exported: dict[str, msg.Evaluation] = field(default_factory=dict)  # where stores judge with their own statistics
     bytes_up: int = 0
     bytes_down: int = 0
 
     def score(self, metric: str) -> float | None:
-        """Over all stores' validation images."""
-        return self.metrics().get(metric)
-
-    def metrics(self) -> dict[str, float]:
-        sums: Counter[str] = Counter()
-        for one in self.judged.values():
-            sums.update(one.sums)
-        return metrics(sums, sum(one.num_examples for one in self.judged.values()))
+        """Over all stores' validation images, with these statistics."""
+        return _metrics(self.exported or self.judged).get(metric)
 
     def evaluated(self, version: int) -> dict[str, Any]:
         """The record's body."""
@@ -74,7 +69,7 @@ class Recalibrated:
         }
         total = sum(one.num_examples for one in self.judged.values())
         about = {"version": version, "split": "validation", "best": True, "num_examples": total}
-        return {**about, "metrics": self.metrics(), "stores": stores}
+        return {**about, "metrics": _metrics(self.judged), "stores": stores}
 
 
 async def last_version(
@@ -140,7 +135,17 @@ async def recalibrated(
     whole = fetchable(found.vector)
     found.bytes_down += found.vector.nbytes * len(judges)
     found.judged = await answered({s: port.evaluate(stage.raw, whole, "validation") for s, port in judges.items()})
+    if stage.plan.own_statistics is not None:
+        alike = msg.encode(replace(stage.plan, own_statistics=None))
+        found.exported = await answered({s: port.evaluate(alike, whole, "validation") for s, port in judges.items()})
     return found if found.judged else None
+
+
+def _metrics(judged: Mapping[str, msg.Evaluation]) -> dict[str, float]:
+    sums: Counter[str] = Counter()
+    for one in judged.values():
+        sums.update(one.sums)
+    return metrics(sums, sum(one.num_examples for one in judged.values()))
 
 
 async def answered(asked: Mapping[str, Awaitable[T]]) -> dict[str, T]:
