@@ -118,10 +118,10 @@ def cluster() -> Iterator[Place]:
 
     health = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
     nodes = Cluster()
-    common = {"temp_dir": str(folder / "c"), "object_store_memory": 150 * 2**20}
+    common = {"num_cpus": 2, "object_store_memory": 150 * 2**20}
     jobs = 28265
     nodes.add_node(
-        num_cpus=2,
+        temp_dir=str(folder / "c"),
         include_dashboard=True,
         dashboard_port=jobs,
         node_ip_address="127.0.0.2",
@@ -129,7 +129,9 @@ def cluster() -> Iterator[Place]:
         **common,
     )
     for number, store in enumerate(STORES):
-        nodes.add_node(num_cpus=2, resources={f"store:{store}": 1}, node_ip_address=f"127.0.0.{number + 3}", **common)
+        own = {"resources": {f"store:{store}": 1}, "node_ip_address": f"127.0.0.{number + 3}"}
+        # As on machines of their own: several raylets would unpack a job's files into one folder at the same time.
+        nodes.add_node(temp_dir=str(folder / f"c{number}"), **own, **common)
     # As `ray start` does; else a job's own process takes any cluster that it finds on this machine.
     (folder / "c" / "ray_current_cluster").write_text(nodes.address)
     try:

@@ -55,9 +55,7 @@ def test_a_job_that_is_stopped_rests_and_submitted_again_goes_on_with_its_run(cl
 
     def submit(name: str) -> None:
         entry = ["python", "jobs/federate.py", str(tmp_path / "rest.yaml"), "--insecure"]
-        # All raylets of this machine unpack a job's files into one folder: they are not to do so at the same time.
-        lazy = ["--runtime-env-json", '{"config": {"eager_install": false}}']
-        job("submit", "--no-wait", "--submission-id", name, "--working-dir", ".", *lazy, "--", *entry)
+        job("submit", "--no-wait", "--submission-id", name, "--working-dir", ".", "--", *entry)
 
     def records(*kinds: Any) -> list[dict[str, Any]]:
         folders = list((cluster.home / "runs").glob("rest-*"))
