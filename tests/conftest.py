@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 STORES = [f"shop-{i}" for i in range(1, 6)]
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
-ON_CLUSTER = ("test_cluster", "test_doors", "test_outbox", "test_rest", "test_rotation", "test_terms", "test_vault")
+ON_CLUSTER = (
+    *("test_cluster", "test_doors", "test_outbox", "test_rest", "test_rotation"),
+    *("test_terms", "test_thin", "test_vault"),
+)
 # These start clusters of their own, with bounds in time. test_up first: after test_nodes in one process `ray up` hung.
 MACHINES = ("test_up", "test_nodes", "test_chaos", "test_comeback", "test_readme")
 

@@ -201,10 +201,13 @@ class SiteActor:
 
 
 _with_options: Any = ray.remote  # its stubs do not know concurrency groups
+_options: dict[str, Any] = {"concurrency_groups": {"control": 2, "upload": 1}}
 # No restarts by Ray: a coordinator would not learn of them, and `join` has to make new ones anyway when a node returns.
-StoreActor: Any = _with_options(concurrency_groups={"control": 2, "upload": 1}, max_restarts=0, max_task_retries=0)(
-    SiteActor
-)
+_options |= {"max_restarts": 0, "max_task_retries": 0}
+# Else nothing is answered while the weights of a ticket are on their way: Ray keeps calls in order, and one that lacks
+# its arguments holds up those after it. On a thin line a store was taken for hung, and its update stood still.
+_options |= {"allow_out_of_order_execution": True}
+StoreActor: Any = _with_options(**_options)(SiteActor)
 
 
 def _make_site(store: str, cpus: float, gpus: float, slowdown: float, ranks: int) -> Any:

@@ -77,6 +77,7 @@ class StoreClient:
         self._called = called
         self._process: int | None = None
         self._updates: dict[str, Any] = {}  # that came with their reports: they stay at their node until collected
+        self._fetching = asyncio.Lock()
         self._verdicts: list[bytes] = []
         self._telling: asyncio.TimerHandle | None = None
         self._given: Any = None  # the frozen weights that the process has
@@ -146,9 +147,10 @@ class StoreClient:
             with suppress(*GONE):  # else the store is asked for it
                 answer = await update
         if answer is None:  # also of a store whose uploads have a rate
-            answer = await self._ask("collect", ticket, how, self._run, self._epoch)
-        if isinstance(answer, dict):
-            answer = await fetched(answer, partial(self._piece, ticket))
+            async with self._fetching:  # together each would take as long as all of them
+                answer = await self._ask("collect", ticket, how, self._run, self._epoch)
+                if isinstance(answer, dict):
+                    answer = await fetched(answer, partial(self._piece, ticket))
         return self._array(answer)
 
     async def _piece(self, ticket: str, at: int) -> Piece:
@@ -169,7 +171,8 @@ class StoreClient:
 
     async def evaluate(self, plan: bytes, weights: Any, split: str) -> msg.Evaluation:
         """Raises StoreError. Verdicts come first: a store may judge with what its last ticket left there."""
-        self.tell()
+        if (heard := self.tell()) is not None:
+            await self._told("settle", heard)
         moving, still = self._pieces(weights)
         answer = self._expect(msg.Evaluation, await self._ask("evaluate", plan, moving, split, self._epoch, still))
         self._gave(weights)
@@ -182,13 +185,12 @@ class StoreClient:
         if self._telling is None:
             self._telling = asyncio.get_running_loop().call_later(SETTLE_S, self.tell)
 
-    def tell(self) -> None:
-        """The verdicts that wait, now."""
+    def tell(self) -> Any:
+        """The verdicts that wait, now; where there are any, what is done when the store has heard them."""
         if self._telling is not None:
             self._telling.cancel()
         verdicts, self._verdicts, self._telling = self._verdicts, [], None
-        if verdicts and self._actor is not None:
-            self._actor.settle.remote(verdicts)
+        return self._actor.settle.remote(verdicts) if verdicts and self._actor is not None else None
 
     def control(self, ticket: str, command: msg.Command) -> None:
         """Tell; seen within a batch."""
