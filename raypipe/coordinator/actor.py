@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -27,10 +28,12 @@ from raypipe.coordinator.shell import Shell
 from raypipe.coordinator.stages import rehearse
 from raypipe.errors import ConfigError, RaypipeError, RunError, StoreSuperseded
 from raypipe.importing import without_collecting
+from raypipe.placement.homes import raypipe_home
 from raypipe.store.client import StoreClient, call
 from raypipe.store.code import code_hash
 from raypipe.tasks.class_list import Change
 from raypipe.tracking.actor import FollowerClient
+from raypipe.tracking.journal import FILE
 
 RETRY_S = 5.0
 FIRST = 1  # the epoch of a run's first coordinator
@@ -58,7 +61,7 @@ class Coordinator:
         self._compose = partial(compose, run=run, home=home, put=ray.put)
         self._prepare = None if prepare is None else partial(prepare, config, run, home, self._ask)
         self._config = config
-        self._run = run
+        self._run, self._home = run, Path(home) if home else raypipe_home()
         self._composition: Composition | None = None
         self._keeping: dict[str, asyncio.Task[None]] = {}
         self._called: dict[str, Any] = {}  # actors of stores that start while the run is composed
@@ -75,9 +78,6 @@ class Coordinator:
         shell = made.shell
         await asyncio.to_thread(made.begin)
         background = [asyncio.create_task(shell.run_lane())]
-        if made.config.track.mlflow:
-            self._follower = FollowerClient(made.folder, made.home, self._mlflow)
-            background.append(asyncio.create_task(self._follower.begin(again=made.epoch > FIRST)))
         try:
             for store in made.config.stores:
                 self._keep(store)
@@ -100,6 +100,8 @@ class Coordinator:
         finally:
             for task in [*background, *self._keeping.values()]:
                 task.cancel()
+            if self._follower is not None:
+                self._follower.close()
             if made.notary is not None:  # a superseded one writes no more
                 made.notary.close()
 
@@ -171,7 +173,7 @@ class Coordinator:
 
     async def _composed(self) -> Composition:
         try:
-            self._call_stores()
+            self._start_others(RunConfig.model_validate(self._config))
             with without_collecting():
                 if self._prepare is None:
                     return await asyncio.to_thread(self._compose, self._config)
@@ -183,10 +185,14 @@ class Coordinator:
                 ray.kill(actor)
             raise
 
-    def _call_stores(self) -> None:
-        """All of them, where all are had from the start."""
-        config, code = RunConfig.model_validate(self._config), code_hash()
+    def _start_others(self, config: RunConfig) -> None:
+        """Processes that take seconds to start: MLflow's follower, and the stores, where all are had from the start."""
+        if config.track.mlflow:
+            folder = self._home / "runs" / self._run
+            self._follower = FollowerClient(folder, self._home, self._mlflow)
+            self._follower.begin(again=(folder / FILE).is_file())
         if config.pacing.max_active_stores is None:
+            code = code_hash()
             made = {s.id: call(s, self._run, code, config.transport_of(s)) for s in config.stores}
             self._called = {store: actor for store, actor in made.items() if actor is not None}
 

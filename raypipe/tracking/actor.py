@@ -104,12 +104,19 @@ class FollowerClient:
     def __init__(self, folder: Path, home: Path, environment: dict[str, str]) -> None:
         self._what = (str(folder), None, str(home), environment)
         self._actor: Any = None
+        self._later: asyncio.TimerHandle | None = None
 
-    async def begin(self, *, again: bool) -> None:
-        """It takes a core to start: at first beside the stores' own start, else once they have work."""
+    def begin(self, *, again: bool) -> None:
+        """It takes a core to start: at first while nobody can do anything yet, else once the stores have work."""
         if again:
-            await asyncio.sleep(COMEBACK_S)
-        self._begin()
+            self._later = asyncio.get_running_loop().call_later(COMEBACK_S, self._begin)
+        else:
+            self._begin()
+
+    def close(self) -> None:
+        """It is not begun any more."""
+        if self._later is not None:
+            self._later.cancel()
 
     def _begin(self) -> None:
         if self._actor is None:
