@@ -62,7 +62,8 @@ def start_local(stores: Sequence[str], cpus: float, model_bytes: int) -> None:
             _node_ip_address=LOOPBACK if sys.platform == "linux" else "127.0.0.1",
         )
     except Exception as error:  # noqa: BLE001  Ray raises many kinds, bare ones among them
-        raise RunError(f"Ray did not start on this machine: {_line(error)}") from None
+        busy = "; it allows itself 30 s, a busy machine takes longer: try again" if "timed out" in str(error) else ""
+        raise RunError(f"Ray did not start on this machine: {_line(error)}{busy}") from None
 
 
 def _need_ports(wanted: int) -> None:

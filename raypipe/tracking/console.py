@@ -16,7 +16,7 @@ from raypipe.tracking.ratio import Ratio
 
 # Where nobody watches live, at most 30 lines in all: 12 of the way (a title, 4 phases, 4 of progress, 2 of what
 # happened and that there is more), and at the end the names of the columns, PLAIN_ROWS, and 9 lines below the table.
-PLAIN_LINES = 4  # of progress
+PLAIN_LINES = 4  # of progress: the first version, then each quarter of the way but the last, which the table follows
 PLAIN_PHASES = 4
 PLAIN_ROWS = 8  # in the table at the end, the one with the rest of the stores among them
 PLAIN_EVENTS = 2
@@ -67,9 +67,9 @@ class Screen:
         if self._shown <= most < len(board["lines"]):
             self.say("         ... more of this is in the run's record")
         self._shown = len(board["lines"])
-        due = self._told < PLAIN_LINES and self._progress(board) >= (self._told + 1) / PLAIN_LINES
+        due = self._told < PLAIN_LINES and board["version"] and self._progress(board) >= self._told / PLAIN_LINES
         if self._live is None and phase == "training" and due:
-            self._told = int(self._progress(board) * PLAIN_LINES)
+            self._told = int(self._progress(board) * PLAIN_LINES) + 1
             self.say(f"{time.monotonic() - self._since:5.0f} s  {_headline(board)}")
 
     def _progress(self, board: Mapping[str, Any]) -> float:
