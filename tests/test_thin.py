@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from typing import Any
 
@@ -12,6 +14,7 @@ import ray
 from conftest import Place
 
 from raypipe.config.schema import RunConfig, Store
+from raypipe.errors import StoreUnreachable
 from raypipe.models.flat import initial
 from raypipe.store.client import StoreClient
 from raypipe.store.going import Going, Pace
@@ -70,7 +73,7 @@ def test_a_store_answers_while_its_weights_are_on_their_way(cluster: Place) -> N
         Plan(run="thin", task=said.task, model=said.model, data=said.data, layout=layout.fingerprint, **parts)
     )
 
-    async def work() -> tuple[float, int]:
+    async def work() -> tuple[float, int, str]:
         client = StoreClient(Store(id="shop-1", cpus=0.2), "thin", 1, "c0dec0dec0de", "actor")
         await client.join()
         began = time.monotonic()
@@ -80,13 +83,17 @@ def test_a_store_answers_while_its_weights_are_on_their_way(cluster: Place) -> N
         assert await client._actor.heartbeat.remote()
         answered_s = time.monotonic() - began
         steps = (await training).steps
+        os.kill((await client.join()).process, signal.SIGKILL)
+        with pytest.raises(StoreUnreachable) as gone:
+            await client._ask("heartbeat")
         client.kill()
-        return answered_s, steps
+        return answered_s, steps, gone.value.message
 
     connect(cluster.address)
     try:
-        answered_s, steps = asyncio.run(work())
+        answered_s, steps, gone = asyncio.run(work())
     finally:
         shut_down()
     assert answered_s < LATE_S / 2
     assert steps == 2
+    assert gone == "store shop-1: its process ended", "Ray's advice on memory speaks of nodes and death"

@@ -181,6 +181,9 @@ class Coordinator:
                 found = await self._prepare()
                 return await asyncio.to_thread(self._compose, found.config, start=found.start, asked=found.asked)
         except Exception:
+            if self._follower is not None:
+                self._follower.close()
+                self._follower = None  # whose process ends with it: there is nothing to follow
             for actor in self._called.values():
                 ray.kill(actor)
             raise

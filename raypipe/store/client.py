@@ -324,6 +324,6 @@ def _why(error: BaseException) -> str:
     text = str(error).lower()
     if isinstance(error, rex.ActorUnavailableError):
         return "its node does not answer"
-    if "node" in text and ("died" in text or "terminated" in text or "dead" in text):
+    if isinstance(error, rex.NodeDiedError) or "node has died" in text or "node was terminated" in text:
         return "its node is gone"
     return "its process ended"
