@@ -27,7 +27,7 @@ from raypipe.types import Layout, Role
 WARM = 10  # versions before this one are start-up, where versions are short
 FLOATS = 25_000_000  # an update of 100 MB
 READY = 10  # updates folded at once
-HELD = 4  # updates in the object store, taken in turn
+ALONE = 4  # updates in the object store, folded one after the other: an even number, so that all are added
 
 
 # -- folding --------------------------------------------------------------------------------------------------
@@ -37,19 +37,24 @@ def fold_ratios(num_pairs: int) -> list[tuple[float, float]]:
     """GB/s (read, folded) of ten ready updates; reads and folds alternate, as bandwidth here comes and goes."""
     updates = _updates(READY)
     model = _model()
-    return _pairs(num_pairs, updates, lambda turn: _fold(model, updates), READY)
+    return _pairs(num_pairs, updates, lambda: _fold(model, updates), READY)
 
 
 def fold_single_ratios(num_pairs: int) -> list[tuple[float, float]]:
     """The same, one update at a time, from the object store without a copy. Reads are of ordinary memory."""
     import ray
 
-    updates = _updates(HELD)
+    updates = _updates(ALONE)
     refs = [ray.put(update) for update in updates]
     model = _model()
     for ref in refs:  # a coordinator's view of the store is mapped once, at its first versions
         ray.get(ref).sum()
-    return _pairs(num_pairs, updates, lambda turn: _fold(model, [ray.get(refs[turn % HELD])]), 1)
+
+    def fold() -> None:
+        for ref in refs:
+            _fold(model, [ray.get(ref)])
+
+    return _pairs(num_pairs, updates, fold, ALONE)
 
 
 def _updates(count: int) -> list[np.ndarray]:
@@ -69,7 +74,7 @@ def _fold(model: GlobalModel, updates: Sequence[np.ndarray]) -> None:
 
 
 def _pairs(
-    count: int, updates: Sequence[np.ndarray], fold: Callable[[int], None], num_folded: int
+    count: int, updates: Sequence[np.ndarray], fold: Callable[[], None], num_folded: int
 ) -> list[tuple[float, float]]:
     """GB/s of `count` pairs; reads take turns over all updates, which no cache can hold."""
     tensors = [torch.from_numpy(update) for update in updates]
@@ -82,9 +87,9 @@ def _pairs(
         return time.perf_counter() - start
 
     found = []
-    for turn in range(count + 2):
+    for _ in range(count + 2):
         read = len(tensors) * 4e-9 * FLOATS / seconds(lambda: [tensor.sum() for tensor in tensors])
-        folded = num_folded * 4e-9 * FLOATS / seconds(lambda turn=turn: fold(turn))  # type: ignore[misc]
+        folded = num_folded * 4e-9 * FLOATS / seconds(fold)
         found.append((read, folded))
     torch.set_num_threads(threads)
     return found[2:]  # the first ones touch new memory

@@ -87,9 +87,12 @@ def test_large_odd_sizes_repeat_their_bits_for_every_block_grouping_and_number_o
     table = layout(1_000_003, 4099)
     updates = ready(table, [3.0, 0.1, 700.0])
     expected = fedavg(torch.zeros(table.size), updates, table)[: table.update_size]
-    for threads, block, alone in [(1, 1 << 18, False), (2, 1 << 18, True), (3, 99_991, False), (2, 1 << 22, True)]:
+    together, alone = [updates], [[update] for update in updates]
+    some = [updates[:2], updates[2:]], [updates[:1], updates[1:]]
+    ways = [(1, 1 << 18, together), (2, 1 << 18, alone), (3, 99_991, together), (2, 1 << 22, alone)]
+    for threads, block, groups in [*ways, *((2, None, groups) for groups in some)]:
         accumulator = Accumulator(table, threads=threads, block=block)
-        for group in [[u] for u in updates] if alone else [updates]:
+        for group in groups:
             assert accumulator.fold(group) == []
         mean = accumulator.take()
         assert same(torch.cat([mean.shared, mean.statistic]), expected)

@@ -5,12 +5,15 @@ Two vectors of an update's size, front and back. A group of ready updates is fol
 block with itself tells whether it is finite (NaN and infinity spread) and gives its norm. Only when the whole
 group is through do the two change places; until then `front` is untouched, so a refused update leaves no trace.
 
+An update that comes alone is read once, to see that it is finite and that with it the sum stays so (by the triangle
+inequality). It is then as good as folded, and held until the next one comes: both are added to `front` in place,
+which costs each half of the sum's way to memory and back. Held, it is where it came from, in the object store.
+
 Each element is `fma(weight, value, sum)` in the order in which updates come. So the result depends neither on
 the size of the blocks, nor on grouping, nor on the number of threads, and in store order it equals, bit for bit,
 `acc = 0; for u, w in ...: acc.add_(u, alpha=w)`.
 
-The blocks are shared out to threads that each run torch on one core: forking and joining torch's own threads at
-every block costs more than the block (measured: 0.45 of read bandwidth against 0.6 so).
+The blocks are as long as the caches of a few cores allow: torch forks and joins its threads at each.
 
 Weights. The shared span sums `weight * scale * delta`, the statistic span `weight * value`. With scale = 1 / steps
 the mean is FedNova's (Wang et al. 2020, arXiv:2007.07481): sum(w_i d_i / a_i) / sum(w_i), times the effective
@@ -21,9 +24,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -34,8 +37,9 @@ import torch
 from raypipe.errors import RunError
 from raypipe.types import Layout
 
-BLOCK = 1 << 19  # floats, 2 MiB: few enough to stay in the shared cache, so long that starting each costs little
+BLOCK = 3 << 18  # floats for each thread, 3 MiB: they stay in the caches, and starting a block costs little beside it
 MAX_THREADS = 4  # more only wait for memory
+MAX_NORM = 1e18  # of the sum; its square is still a float32
 MAX_WEIGHT = 1e30  # above it a weighted value leaves float32 at once
 
 
@@ -68,27 +72,31 @@ class _Block(NamedTuple):
 
 
 class Accumulator:
-    """The one open version. It holds 2 * update_size floats, however many updates come.
+    """The one open version. It holds 2 * update_size floats, however many updates come, and one of these.
 
     Not for two threads at once: one caller folds and takes.
     """
 
-    def __init__(self, layout: Layout, *, threads: int | None = None, block: int = BLOCK) -> None:
+    def __init__(self, layout: Layout, *, threads: int | None = None, block: int | None = None) -> None:
         self._size = layout.update_size
         self._shared = layout.shared.stop
         self._front, self._back = _vector(self._size), _vector(self._size)
         self._zero = torch.zeros(1)
+        self._threads = threads if threads is not None else min(MAX_THREADS, os.cpu_count() or 1)
+        block = block or BLOCK * self._threads
         spans = ((0, self._shared, True), (self._shared, self._size, False))
         self._blocks = [
             _Block(at, min(at + block, stop), shared)
             for start, stop, shared in spans
             for at in range(start, stop, block)
         ]
-        wanted = threads if threads is not None else min(MAX_THREADS, torch.get_num_threads())
-        self._threads = max(1, min(wanted, len(self._blocks)))
-        self._pool = _single_core_pool(self._threads) if self._threads > 1 else None
+        self._begin()
+
+    def _begin(self) -> None:
         self._weights: list[tuple[float, float]] = []  # (weight, scale) of each folded update
-        self._square = 0.0
+        self._held: list[Weighted] = []  # folded, but not added yet: one or none
+        self._bound = 0.0  # the sum's norm, with the held one, is not larger
+        self._squares: list[float] | None = None  # of the sum's blocks; None: not known
 
     def __len__(self) -> int:
         """Updates folded since the last take."""
@@ -98,18 +106,12 @@ class Accumulator:
         """Add these in order; the indices of those refused: not float32 (update_size,), of an impossible weight,
         not finite, or so large that the square of the weighted sum is not. The sum has never seen them."""
         fitting = [i for i, update in enumerate(updates) if self._fits(update)]
-        refused = sorted({*range(len(updates))} - {*fitting})
-        if not fitting:
-            return refused
-        square, finite = self._sum([updates[i] for i in fitting])
-        if finite:
-            self._front, self._back = self._back, self._front
-            self._weights += [(updates[i].weight, updates[i].scale) for i in fitting]
-            self._square = square
-            return refused
-        if len(fitting) == 1:
-            return sorted([*refused, *fitting])
-        return sorted([*refused, *(i for i in fitting if self.fold([updates[i]]))])  # each alone: the same bits
+        refused = {*range(len(updates))} - {*fitting}
+        with _threads(self._threads):
+            if fitting and not self._add([updates[i] for i in fitting]):
+                # each alone: the same bits
+                refused |= {i for i in fitting if len(fitting) == 1 or not self._add([updates[i]])}
+        return sorted(refused)
 
     def take(self, *, normalise: Literal["sum", "k"] = "sum", expected: float | None = None) -> Mean:
         """The mean, and the next version begins. Raises RunError when nothing was folded.
@@ -124,10 +126,14 @@ class Accumulator:
         steps = math.fsum(weight / scale for weight, scale in self._weights) / total if total else 1.0
         divisor = (total if normalise == "sum" else expected or float(len(self._weights))) / steps if total else 1.0
         shared, statistic = self._front[: self._shared], self._front[self._shared :]
-        shared.div_(divisor)
-        statistic.div_(total or 1.0)
-        mean = Mean(shared, statistic, total, len(self._weights), math.sqrt(self._square) / divisor, steps)
-        self._weights, self._square = [], 0.0
+        with _threads(self._threads):
+            if self._held or self._squares is None:
+                self._squares = self._sum(self._held, self._front, squares=True)
+            shared.div_(divisor)
+            statistic.div_(total or 1.0)
+        norm = math.sqrt(math.fsum(s for s, block in zip(self._squares, self._blocks, strict=True) if block.shared))
+        mean = Mean(shared, statistic, total, len(self._weights), norm / divisor, steps)
+        self._begin()
         return mean
 
     def _fits(self, update: Weighted) -> bool:
@@ -141,27 +147,49 @@ class Accumulator:
             and update.weight * update.scale < MAX_WEIGHT
         )
 
-    def _sum(self, updates: Sequence[Weighted]) -> tuple[float, bool]:
-        """back = front + the updates; the square of the shared span, and whether all of it is finite."""
-        flat = [(_tensor(u.vector), u.weight * u.scale, u.weight) for u in updates]
-        if self._pool is None:
-            squares = [self._block(block, flat) for block in self._blocks]
+    def _add(self, updates: Sequence[Weighted]) -> bool:
+        """Whether these could be folded, in order; if not, the sum is as it was."""
+        if len(updates) == 1 and (bound := self._bound + _reach(updates[0])) < MAX_NORM:
+            if self._held:
+                self._sum([*self._held, *updates], self._front)
+                self._squares, self._held = None, []
+            else:
+                self._held = [*updates]
         else:
-            parts = [self._blocks[i :: self._threads] for i in range(self._threads)]
-            run = self._pool.map(lambda blocks: [(b, self._block(b, flat)) for b in blocks], parts)
-            done = dict(pair for part in run for pair in part)
-            squares = [done[block] for block in self._blocks]
-        square = math.fsum(s for s, block in zip(squares, self._blocks, strict=True) if block.shared and s < math.inf)
-        return square, all(math.isfinite(s) for s in squares)
+            squares = self._sum([*self._held, *updates], self._back, squares=True)
+            if not all(map(math.isfinite, squares)):
+                return False
+            self._front, self._back = self._back, self._front
+            self._squares, self._held, bound = squares, [], math.sqrt(math.fsum(squares))
+        self._weights += [(update.weight, update.scale) for update in updates]
+        self._bound = bound
+        return True
 
-    def _block(self, block: _Block, flat: Sequence[tuple[torch.Tensor, float, float]]) -> float:
-        out = self._back[block.start : block.stop]
-        held = self._front[block.start : block.stop] if self._weights else self._zero.expand(out.numel())
+    def _sum(self, updates: Sequence[Weighted], out: torch.Tensor, *, squares: bool = False) -> list[float]:
+        """out = front + the updates; if asked for, the square of each block, while that is in the cache."""
+        flat = [(_tensor(u.vector), u.weight * u.scale, u.weight) for u in updates]
+        found = []
+        for block in self._blocks:
+            part = out[block.start : block.stop]
+            self._block(block, flat, part)
+            if squares:
+                found.append(float(torch.dot(part, part)))
+        return found
+
+    def _block(self, block: _Block, flat: Sequence[tuple[torch.Tensor, float, float]], out: torch.Tensor) -> None:
+        begun = len(self._weights) > len(self._held)
+        held = self._front[block.start : block.stop] if begun else self._zero.expand(out.numel())
         for vector, delta_weight, value_weight in flat:
             alpha = delta_weight if block.shared else value_weight
             torch.add(held, vector[block.start : block.stop], alpha=alpha, out=out)
             held = out
-        return float(torch.dot(out, out))
+
+
+def _reach(update: Weighted) -> float:
+    """How much larger it can make the sum's norm; NaN or infinity when it is not finite."""
+    low, high = torch.aminmax(_tensor(update.vector))
+    largest = max(-float(low), float(high))
+    return update.weight * max(update.scale, 1.0) * largest * math.sqrt(update.vector.size)
 
 
 def _vector(size: int) -> torch.Tensor:
@@ -176,20 +204,12 @@ def _tensor(vector: npt.NDArray[np.float32]) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.float32)
 
 
-def _single_core_pool(threads: int) -> ThreadPoolExecutor:
-    """Threads in which torch uses one core each. The number of the other threads of the process stays as it is:
-    torch keeps one a thread, and one for threads to come, which is put back when all have started."""
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Have torch use so many here; the process's number is as before afterwards."""
     before = torch.get_num_threads()
-    started = threading.Barrier(threads + 1)
-
-    def settle() -> None:
-        torch.set_num_threads(1)
-        torch.get_num_threads()  # takes effect for this thread now, not at its first sum
-        started.wait()
-
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="fold", initializer=settle)
-    for _ in range(threads):
-        pool.submit(int)
-    started.wait()
-    torch.set_num_threads(before)
-    return pool
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
