@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import urllib.request
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from conftest import ROOT
 from raypipe.errors import ConfigError
 from raypipe.models import DETECTORS, models
 from raypipe.models.flat import FlatModel, flatten, initial, layout_of, state_dict_from, vector_from
+from raypipe.models.on_cpu import fastest_on_cpu
 from raypipe.run import check, load_run
 from raypipe.tasks import losses, tasks
 from raypipe.types import Role
@@ -202,3 +205,73 @@ def test_pixels_are_normalised_for_each_channel() -> None:
     images = torch.full((1, 3, 28, 28), 255, dtype=torch.uint8)
     assert task.prepare(images)[0, :, 0, 0].tolist() == pytest.approx([2.0, 1.0, 0.0])
     assert (images == 255).all()
+
+
+CONVOLUTIONS: list[tuple[dict[str, Any], tuple[int, int]]] = [
+    ({"kernel_size": 3, "padding": 1}, (1, 1)),
+    ({"kernel_size": 3, "padding": 1, "stride": 2}, (2, 2)),
+    ({"kernel_size": 3, "padding": 1, "stride": 2, "bias": False}, (2, 1)),
+    ({"kernel_size": 1, "stride": 2}, (2, 2)),
+    ({"kernel_size": (3, 5), "padding": (0, 2), "stride": 4}, (4, 3)),
+    ({"kernel_size": 7, "padding": 3, "stride": 2}, (2, 2)),
+    ({"kernel_size": 4}, (4, 4)),
+    ({"kernel_size": 3, "padding": 1}, (2, 1)),  # two pixels: left alone, as all below
+    ({"kernel_size": 3, "padding": 2, "dilation": 2}, (1, 1)),
+    ({"kernel_size": 3, "padding": "same"}, (1, 1)),
+    ({"kernel_size": 3, "padding": 1, "groups": 2}, (1, 1)),
+    ({"kernel_size": 3, "padding": 1, "padding_mode": "replicate"}, (1, 1)),
+]
+
+
+@pytest.mark.parametrize(("settings", "size"), CONVOLUTIONS)
+def test_a_convolution_that_yields_one_pixel_is_a_product_with_the_same_gradients(
+    settings: dict[str, Any], size: tuple[int, int]
+) -> None:
+    plain = torch.nn.Sequential(torch.nn.Conv2d(4, 6, **settings))
+    faster = copy.deepcopy(plain)
+    fastest_on_cpu(faster)
+    images = torch.randn(5, 4, *size)
+    found = []
+    for module in (plain, faster):
+        seen = images.clone().requires_grad_()
+        outputs = module(seen)
+        (outputs * torch.arange(outputs.numel()).view_as(outputs)).sum().backward()
+        found.append([outputs, seen.grad, *(parameter.grad for parameter in module.parameters())])
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert ours.shape == theirs.shape
+    product = "_Product" in type(found[1][0].grad_fn).__name__
+    assert product == (CONVOLUTIONS.index((settings, size)) < 7)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_max_pooling_gives_the_same_bits_in_the_layout_that_came(layout: torch.memory_format) -> None:
+    plain = torch.nn.Sequential(torch.nn.MaxPool2d(3, 2, 1))
+    faster = copy.deepcopy(plain)
+    fastest_on_cpu(faster)
+    images = torch.randn(2, 8, 9, 9).relu().contiguous(memory_format=layout)  # ties among the zeros
+    found = []
+    for module in (plain, faster):
+        seen = images.clone(memory_format=torch.preserve_format).requires_grad_()
+        outputs = module(seen)
+        outputs.square().sum().backward()
+        found.append((outputs, seen.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[1][0].is_contiguous(memory_format=layout)
+    assert torch.isnan(faster(torch.full((1, 2, 4, 4), torch.nan))).all()
+
+
+def test_a_flat_model_computes_so_and_learns_as_the_plain_module_does() -> None:
+    """ResNet-18 at 32 pixels: four of its convolutions yield a pixel."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = models.build({"name": "resnet18", "small_images": False}, 10, 3, 32)
+    model = FlatModel(copy.deepcopy(plain), layout_of(plain))
+    kinds = [type(part).__name__ for part in model.module.modules()]
+    assert (kinds.count("OnePixelConv2d"), kinds.count("MaxPool2d")) == (20, 1)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    for module in (plain, model.module):
+        torch.nn.functional.cross_entropy(module(images), labels).backward()
+    for ours, theirs in zip(model.module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from raypipe.errors import ConfigError
 from raypipe.models import build
 from raypipe.models.heads import Trained, freeze
+from raypipe.models.on_cpu import fastest_on_cpu
 from raypipe.models.personal import Local, with_local
 from raypipe.models.tensors import Array, state_dict_from, vector_from
 from raypipe.registry import Spec
@@ -125,6 +126,7 @@ class FlatModel:
 
     def __init__(self, module: nn.Module, layout: Layout, *, device: torch.device | str = "cpu") -> None:
         self.module = module.to(device)
+        fastest_on_cpu(self.module)
         self.layout = layout
         self.device = torch.device(device)
         self.vector = torch.zeros(layout.size, device=self.device)
