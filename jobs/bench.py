@@ -98,7 +98,7 @@ class Bench(Bed):
     def _w2(self) -> dict[str, Any]:
         model = {"name": "resnet18", "norm": "group", "small_images": False}
         train = {"lr": 0.01, "batch_size": 32, "local_steps": 1}
-        return configuration("w2", model=model, train=train, stop={"max_versions": 4 if self.quick else 8})
+        return configuration("w2", model=model, train=train, stop={"max_versions": 4 if self.quick else 20})
 
     def journal(self) -> Line:
         """What W2's record took, written once more, as a share of the time that the versions took."""

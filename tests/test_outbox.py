@@ -30,6 +30,7 @@ from raypipe.ledger.keys import digest
 from raypipe.models.flat import initial
 from raypipe.store import outbox as boxes
 from raypipe.store.messages import Card, Plan, Refusal, Ticket, Verdict, encode, expect, refusal_error
+from raypipe.store.near import Near
 from raypipe.store.outbox import OUTBOX
 from raypipe.store.runs import UNUSED_S, end_holder
 from raypipe.store.safety import refusal
@@ -319,6 +320,15 @@ def test_a_disk_without_a_free_block_ends_no_process(tmp_path: Path) -> None:
         subprocess.run(["umount", "--lazy", str(home)], check=True)
 
 
+def near(case: Case, ticket: str) -> np.ndarray[Any, Any]:
+    """What a coordinator on this machine reads."""
+    where = case.site.place(ticket, "r", case.site.collect(ticket, []))
+    assert where is not None
+    found = Near(case.site._home, "r").read(where)
+    assert found is not None
+    return found
+
+
 def test_a_slot_is_used_again_but_not_before_its_ticket_is_settled(case: Case) -> None:
     updates = {f"t{n}": case.update({"id": f"t{n}", "seed": n}) for n in range(OUTBOX)}
     for ticket, update in updates.items():
@@ -338,9 +348,32 @@ def test_a_slot_is_used_again_but_not_before_its_ticket_is_settled(case: Case) -
 def test_beyond_its_bound_the_oldest_goes_first_and_is_named(case: Case) -> None:
     for number in range(OUTBOX + 1):
         case.train({"id": f"t{number}", "max_steps": 1})
+        if number == 0:
+            oldest = near(case, "t0")
+            was = oldest.copy()
     assert case.site.describe("r", 1).outbox == tuple(f"t{n}" for n in range(1, OUTBOX + 1))
     assert f"ticket t0 is dropped: more than {OUTBOX} wait" in (case.site._home / "site.log").read_text()
+    case.train({"id": "next", "max_steps": 1, "seed": 99})
+    assert np.array_equal(oldest, was), "who reads it yet is not written over"
     assert len(reopened(case).site.describe("r", 1).outbox) == OUTBOX
+
+
+def test_what_a_process_here_reads_is_the_update_itself_or_nothing(case: Case) -> None:
+    update = case.update({"id": "t1"})
+    found = near(case, "t1")
+    assert np.array_equal(found, update)
+    assert not found.flags.writeable
+    where = case.site.place("t1", "r", case.site.collect("t1", []))
+    assert where is not None
+    assert case.site.place("t1", "r", case.site.collect("t1", [{"name": "bfloat16"}])) is None, (
+        "encoded: not as it lies"
+    )
+    assert case.site.place("t2", "r", update) is None
+    for wrong in ({"inode": where["inode"] + 1}, {"slot": 99}, {"size": where["size"] - 4}):
+        assert Near(case.site._home, "r").read({**where, **wrong}) is None
+    assert Near(case.site._home, "../r").read(where) is None
+    here = Near(case.site._home, "r")
+    assert here.read(where) is here.read(where), "mapped once"
 
 
 def test_a_run_belongs_to_one_process_at_a_time(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,3 +540,45 @@ def test_a_store_outlives_its_coordinator_and_is_found_again_even_frozen(cluster
         asyncio.run(second(*found))
     finally:
         shut_down()
+
+
+@pytest.mark.cluster
+def test_on_one_node_an_update_is_read_where_it_lies(cluster: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    from raypipe.placement.actor import connect, shut_down
+    from raypipe.store import client as module
+
+    said = RunConfig.model_validate(cluster.config())
+    layout, weights = initial(said.model, 10, 1, 28, 0)
+    parts = {"optimizer": said.train.optimizer, "lr": 0.05, "schedule": said.train.schedule, "batch_size": 16}
+    plan = encode(
+        Plan(run="near", task=said.task, model=said.model, data=said.data, layout=layout.fingerprint, **parts)
+    )
+
+    async def trained(ticket: str, here: str) -> tuple[str, np.ndarray[Any, Any]]:
+        monkeypatch.setattr(module, "node_here", lambda: here)  # the cluster's nodes are all on this machine
+        store = module.StoreClient(Store(id="shop-1", cpus=0.2), "near", 1, "c0dec0dec0de", "actor")
+        card = await store.join()
+        await store.train(Ticket(ticket, "shop-1", 1, 0, 5, (0.0, 0.1), max_steps=2), plan, weights, [])
+        return card.node, await store.collect(ticket, [])
+
+    async def work() -> None:
+        node, far = await trained("t1", "another node")
+        _, near = await trained("t2", node)
+        assert np.array_equal(far, near)
+        assert [in_a_slot(update) for update in (far, near)] == [False, True]
+
+    connect(cluster.address)
+    try:
+        asyncio.run(work())
+    finally:
+        shut_down()
+
+
+def in_a_slot(vector: np.ndarray[Any, Any]) -> bool:
+    """Whether the memory it lies in is one of a store's slot files."""
+    at = vector.ctypes.data
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= at < end:
+            return "/slot-" in line
+    raise AssertionError("an address that is not mapped")

@@ -18,6 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any, cast
 
@@ -83,10 +84,12 @@ class SiteActor:
         verdicts: list[bytes],
         still: np.ndarray | None = None,
         correction: np.ndarray | None = None,
-    ) -> tuple[bytes, np.ndarray | bytes | None]:
+        near: bool = False,
+    ) -> tuple[bytes, np.ndarray | bytes | dict[str, int] | None]:
         """The report, and where `how` is said what `collect` would give: a call less. Verdicts come first.
 
-        Of a store whose uploads have a rate there is the report alone.
+        Of a store whose uploads have a rate there is the report alone; to a coordinator that is `near` it is told
+        where the update lies.
         """
         self.settle(verdicts)
         done: list[Callable[[Any], Any]] = []
@@ -95,7 +98,9 @@ class SiteActor:
             asked, learned = msg.expect(msg.Ticket, ticket), msg.expect(msg.Plan, plan)
             report = msg.encode(site.train(asked, learned, self._pieces.whole(plan, weights, still), correction))
             if site.rate is None:
-                done.append(lambda site: site.collect(asked.id, how, learned.run, asked.epoch))
+                done.append(
+                    partial(_collected, ticket=asked.id, run=learned.run, epoch=asked.epoch, how=how, near=near)
+                )
             return report
 
         report = cast(bytes, self._answer("train", run))
@@ -210,17 +215,25 @@ _options |= {"allow_out_of_order_execution": True}
 StoreActor: Any = _with_options(**_options)(SiteActor)
 
 
+def node_here() -> str:
+    """This node, as cards name it."""
+    return str(ray.get_runtime_context().get_node_id())[:12]
+
+
+def _collected(site: Any, ticket: str, run: str, epoch: int, how: list[msg.Part] | None, near: bool) -> Any:
+    update = site.collect(ticket, how, run, epoch)
+    return (site.place(ticket, run, update) if near else None) or update
+
+
 def _make_site(store: str, cpus: float, gpus: float, slowdown: float, ranks: int) -> Any:
     with without_collecting():
         from raypipe.store.site import Site
 
-    node = ray.get_runtime_context().get_node_id()[:12]
-    return Site(stores_home() / store, cpus=cpus, gpus=gpus, ranks=ranks, slowdown=slowdown, node=node)
+    return Site(stores_home() / store, cpus=cpus, gpus=gpus, ranks=ranks, slowdown=slowdown, node=node_here())
 
 
 def _make_proxy(store: str) -> Any:
     from raypipe.vault.client import VaultSite
     from raypipe.vault.place import Place
 
-    node = ray.get_runtime_context().get_node_id()[:12]
-    return VaultSite(Place(store).socket, store, node=node)
+    return VaultSite(Place(store).socket, store, node=node_here())

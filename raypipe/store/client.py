@@ -26,8 +26,9 @@ from raypipe.placement.book import troubles
 from raypipe.placement.homes import stores_home
 from raypipe.placement.plan import missing, missing_advice, store_options
 from raypipe.store import messages as msg
-from raypipe.store.actor import ORPHAN_S, StoreActor
+from raypipe.store.actor import ORPHAN_S, StoreActor, node_here
 from raypipe.store.going import fetched
+from raypipe.store.near import Near
 from raypipe.vault.transfer import Piece
 
 ANSWER_S = 5.0  # in which an actor that is found has to answer
@@ -77,6 +78,7 @@ class StoreClient:
         self._called = called
         self._process: int | None = None
         self._updates: dict[str, Any] = {}  # that came with their reports: they stay at their node until collected
+        self._near: Near | None = None  # where the store is on this node, under this process's own eyes
         self._fetching = asyncio.Lock()
         self._verdicts: list[bytes] = []
         self._telling: asyncio.TimerHandle | None = None
@@ -96,6 +98,8 @@ class StoreClient:
         finally:
             waiting.cancel()
         self._process = card.process
+        here = self._transport == "actor" and card.node == node_here()
+        self._near = Near(stores_home() / self.store.id, self._run) if here else None
         if self._transport == "vault" and not card.code:
             raise StoreRefused(f"store {self.store.id}: {NO_VAULT}")
         return card
@@ -129,7 +133,8 @@ class StoreClient:
         `how` the update comes with the report, for `collect` to take."""
         verdicts, self._verdicts = self._verdicts, []
         moving, still = self._pieces(weights)
-        report, update = self._call("train", msg.encode(ticket), plan, moving, how, verdicts, still, correction)
+        more = (how, verdicts, still, correction, self._near is not None)
+        report, update = self._call("train", msg.encode(ticket), plan, moving, *more)
         answer = self._expect(msg.Report, await self._told("train", report))
         self._gave(weights)
         if how is not None:
@@ -146,6 +151,8 @@ class StoreClient:
         if (update := self._updates.pop(ticket, None)) is not None:
             with suppress(*GONE):  # else the store is asked for it
                 answer = await update
+                if isinstance(answer, dict):
+                    answer = None if self._near is None else self._near.read(answer)
         if answer is None:  # also of a store whose uploads have a rate
             async with self._fetching:  # together each would take as long as all of them
                 answer = await self._ask("collect", ticket, how, self._run, self._epoch)

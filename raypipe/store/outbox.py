@@ -36,6 +36,7 @@ import numpy as np
 from raypipe.errors import StoreError, StoreSuperseded
 from raypipe.security.files import sync_folder
 from raypipe.store.messages import Report, encode, expect
+from raypipe.store.near import told
 from raypipe.store.runs import LOCK_TRIES, Entry, lock, packed, run_folder, unpacked
 from raypipe.store.slots import Slot, Slots, disk_error, filled, outline, write_tensors
 
@@ -111,6 +112,12 @@ class Outbox:
         view.flags.writeable = False
         return view
 
+    def place(self, ticket: str, update: Array) -> dict[str, int] | None:
+        """Where on this machine the update of a ticket that waits lies, if this is it as it lies there."""
+        with self._guard:
+            held = self._waiting.get(ticket)
+        return None if held is None else told(held.slots[0], update)
+
     def kept(self, key: str) -> tuple[str, dict[str, Any]] | None:
         """A copy of the state that was committed under this key, and the ticket that it came of."""
         with self._guard:
@@ -155,7 +162,7 @@ class Outbox:
             while len(self._waiting) > OUTBOX:
                 oldest = next(iter(self._waiting))
                 self._log.warning("ticket %s is dropped: more than %d wait to be settled", oldest, OUTBOX)
-                self._remove(oldest)
+                self._remove(oldest, again=False)  # the coordinator may read it yet, see near.py
 
     def settle(self, ticket: str, version: int | None) -> None:
         """Forget the update; commit its state if it is in a version. Settling twice does nothing."""
@@ -205,14 +212,15 @@ class Outbox:
         with suppress(OSError), (self._folder / "told").open("a", encoding="utf-8") as file:
             file.write(f"{ticket} {'-' if version is None else version}\n")
 
-    def _remove(self, ticket: str) -> None:
+    def _remove(self, ticket: str, *, again: bool = True) -> None:
+        """`again`: its slots are written over soon."""
         (self._folder / _file(ticket, "ticket")).unlink(missing_ok=True)
         held = self._waiting.pop(ticket)
         self._reports.pop(ticket, None)
         kept = self._kept.get(held.entry.key)
         for slot in held.slots:
             if kept is None or slot not in kept.slots:
-                self._slots.free(slot)
+                (self._slots.free if again else self._slots.drop)(slot)
 
     def _write(self, name: str, content: bytes, *, durable: bool = False) -> None:
         part, kind = self._folder / f"{name}.part", name.rpartition(".")[2]

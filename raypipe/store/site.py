@@ -194,6 +194,11 @@ class Site:
         self._attestor.update_left(report, run, how, encoded, f"asked for by {asked}")
         return encoded
 
+    def place(self, ticket_id: str, run: str, collected: Array) -> dict[str, int] | None:
+        """Where on this machine lies what was collected, for a process that is here too; see near.py."""
+        outbox = self._outboxes.get(run)
+        return None if outbox is None else outbox.place(ticket_id, collected)
+
     def settle(self, verdict: Verdict) -> None:
         """Forget the update; commit what is kept if it was folded. Settling twice does nothing."""
         _, outbox = self._asked(verdict.ticket, verdict.run, verdict.epoch)

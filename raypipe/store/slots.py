@@ -32,6 +32,7 @@ class Slot:
 
     number: int
     data: Array
+    file: tuple[int, int]  # device and inode
 
     @property
     def floats(self) -> Array:
@@ -77,6 +78,11 @@ class Slots:
         self._taken.discard(slot.number)
         self._free[slot.number] = slot
 
+    def drop(self, slot: Slot) -> None:
+        """Never taken again; whoever has it mapped reads it as it is."""
+        self._taken.discard(slot.number)
+        self._path(slot.number).unlink(missing_ok=True)
+
     def reopen(self, number: int, size: int) -> Slot | None:
         """A slot of an earlier process, taken; None where it is not there or of another size."""
         slot = self._map(number, size)
@@ -95,7 +101,7 @@ class Slots:
         try:
             # Its blocks are reserved now: a full disk found while writing to mapped memory would end the process.
             os.posix_fallocate(handle, 0, max(1, size))
-            return Slot(number, _mapped(handle, size))
+            return _mapped(number, handle, size)
         except OSError:
             self._path(number).unlink()
             raise
@@ -115,16 +121,23 @@ class Slots:
         try:
             if os.fstat(handle).st_size != max(1, size):
                 return None
-            return Slot(number, _mapped(handle, size))
+            return _mapped(number, handle, size)
         finally:
             os.close(handle)
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"slot-{number}"
+        return path_of(self._folder, number)
 
 
-def _mapped(handle: int, size: int) -> Array:
-    return np.frombuffer(mmap.mmap(handle, max(1, size)), np.uint8)[:size]
+def path_of(folder: Path, number: int) -> Path:
+    """Of a slot in a run's folder."""
+    return folder / f"slot-{number}"
+
+
+def _mapped(number: int, handle: int, size: int) -> Slot:
+    about = os.fstat(handle)
+    data = np.frombuffer(mmap.mmap(handle, max(1, size)), np.uint8)[:size]
+    return Slot(number, data, (about.st_dev, about.st_ino))
 
 
 def numbers(folder: Path) -> list[int]:
