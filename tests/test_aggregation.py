@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypipe.aggregation.fold import Accumulator, Weighted
+from raypipe.aggregation.fold import HELD, Accumulator, Weighted
 from raypipe.aggregation.transforms import apply, server_memory, transforms
 from raypipe.coordinator.staleness import staleness
 from raypipe.errors import ConfigError, RunError, UpdateRejected
@@ -96,6 +97,29 @@ def test_large_odd_sizes_repeat_their_bits_for_every_block_grouping_and_number_o
             assert accumulator.fold(group) == []
         mean = accumulator.take()
         assert same(torch.cat([mean.shared, mean.statistic]), expected)
+
+
+@pytest.mark.parametrize(("borrowed", "most"), [(True, HELD), (False, 1)])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_updates_that_come_alone_are_held_so_many_at_a_time(borrowed: bool, most: int, count: int) -> None:
+    table = layout()
+    weights = [float(n) for n in range(1, count + 1)]
+    accumulator, held = Accumulator(table), list[int]()
+    alive = []
+    for number, weight in enumerate(weights):
+        (made,) = vectors(table, 1, seed=number)
+        assert accumulator.fold([Weighted(made, weight, borrowed=borrowed)]) == []
+        alive.append(weakref.ref(made))
+        del made
+        held.append(sum(vector() is not None for vector in alive))
+    mean = accumulator.take()
+    assert max(held) == min(count, most)
+    assert held[:5] == ([1, 2, 3, 0, 1] if borrowed else [1, 0, 1, 0, 1])[:count]
+    assert all(vector() is None for vector in alive), "a version that is done holds nothing"
+    updates = [Weighted(*vectors(table, 1, seed=n), weight) for n, weight in enumerate(weights)]
+    expected = fedavg(torch.zeros(table.size), updates, table)[: table.update_size]
+    assert same(torch.cat([mean.shared, mean.statistic]), expected)
+    assert mean.norm == pytest.approx(float(mean.shared.norm()), rel=1e-5)
 
 
 def test_the_second_version_knows_nothing_of_the_first() -> None:

@@ -6,8 +6,9 @@ block with itself tells whether it is finite (NaN and infinity spread) and gives
 group is through do the two change places; until then `front` is untouched, so a refused update leaves no trace.
 
 An update that comes alone is read once, to see that it is finite and that with it the sum stays so (by the triangle
-inequality). It is then as good as folded, and held until the next one comes: both are added to `front` in place,
-which costs each half of the sum's way to memory and back. Held, it is where it came from, in the object store.
+inequality). It is then as good as folded, and held until others come: they are added to `front` in place together,
+and share the sum's way to memory and back. Held, an update is where it came from, in the object store; of those that
+had to be decoded one is held, as they are in this process's own memory.
 
 Each element is `fma(weight, value, sum)` in the order in which updates come. So the result depends neither on
 the size of the blocks, nor on grouping, nor on the number of threads, and in store order it equals, bit for bit,
@@ -39,6 +40,7 @@ from raypipe.types import Layout
 
 BLOCK = 3 << 18  # floats for each thread, 3 MiB: they stay in the caches, and starting a block costs little beside it
 MAX_THREADS = 4  # more only wait for memory
+HELD = 3  # of one's own one: the sum then moves once for four updates
 MAX_NORM = 1e18  # of the sum; its square is still a float32
 MAX_WEIGHT = 1e30  # above it a weighted value leaves float32 at once
 
@@ -50,6 +52,7 @@ class Weighted:
     vector: npt.NDArray[np.float32]
     weight: float
     scale: float = 1.0
+    borrowed: bool = False  # it is in nobody's memory but the object store's, or a file's
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ class _Block(NamedTuple):
 
 
 class Accumulator:
-    """The one open version. It holds 2 * update_size floats, however many updates come, and one of these.
+    """The one open version. It holds 2 * update_size floats, however many updates come, and HELD of these at most.
 
     Not for two threads at once: one caller folds and takes.
     """
@@ -94,7 +97,7 @@ class Accumulator:
 
     def _begin(self) -> None:
         self._weights: list[tuple[float, float]] = []  # (weight, scale) of each folded update
-        self._held: list[Weighted] = []  # folded, but not added yet: one or none
+        self._held: list[Weighted] = []  # folded, but not added yet
         self._bound = 0.0  # the sum's norm, with the held one, is not larger
         self._squares: list[float] | None = None  # of the sum's blocks; None: not known
 
@@ -150,19 +153,18 @@ class Accumulator:
     def _add(self, updates: Sequence[Weighted]) -> bool:
         """Whether these could be folded, in order; if not, the sum is as it was."""
         if len(updates) == 1 and (bound := self._bound + _reach(updates[0])) < MAX_NORM:
-            if self._held:
-                self._sum([*self._held, *updates], self._front)
-                self._squares, self._held = None, []
-            else:
-                self._held = [*updates]
+            held = [*self._held, *updates]
+            if len(held) > (HELD if all(update.borrowed for update in held) else 1):
+                self._sum(held, self._front)
+                self._squares, held = None, []
         else:
             squares = self._sum([*self._held, *updates], self._back, squares=True)
             if not all(map(math.isfinite, squares)):
                 return False
             self._front, self._back = self._back, self._front
-            self._squares, self._held, bound = squares, [], math.sqrt(math.fsum(squares))
+            self._squares, held, bound = squares, [], math.sqrt(math.fsum(squares))
         self._weights += [(update.weight, update.scale) for update in updates]
-        self._bound = bound
+        self._held, self._bound = held, bound
         return True
 
     def _sum(self, updates: Sequence[Weighted], out: torch.Tensor, *, squares: bool = False) -> list[float]:

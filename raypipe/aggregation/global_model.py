@@ -1,7 +1,8 @@
 """The global model at the coordinator: its weights, the open sum, the server transform. Nothing else is as large.
 
-Memory: weights + transform state + 2 update vectors (the sum's front and back), for ten stores as for a hundred;
-with control variates one vector more for each store, and a second one while its next waits for the version.
+Memory: weights + transform state + 2 update vectors (the sum's front and back), for ten stores as for a hundred, and
+beside it a few updates that lie in the object store still (fold.py); with control variates one vector more for each
+store, and a second one while its next waits for the version.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class GlobalModel:
             try:
                 form = self.form if forms is None else forms[index]
                 vector = padded(decode_chain(self._how, array, form.layout.update_size), form, self.form)
-                ready[index] = Weighted(vector, weight, 1.0 / steps if steps else 1.0)
+                ready[index] = Weighted(vector, weight, 1.0 / steps if steps else 1.0, borrowed=vector is array)
             except UpdateRejected as error:
                 refused[index] = error.message
         places = list(ready)
