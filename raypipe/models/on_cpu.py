@@ -72,8 +72,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, seen: Part, taps: Part) -> Tensor:
-        pixels = images[:, :, *seen].flatten(1)
-        used = weight[:, :, *taps].flatten(1)
+        pixels = images[:, :, *seen].flatten(1).contiguous()
+        used = weight[:, :, *taps].flatten(1).contiguous()
         ctx.save_for_backward(pixels, used)
         ctx.seen, ctx.taps, ctx.shapes = seen, taps, (images.shape, weight.shape)
         return nn.functional.linear(pixels, used, bias)[:, :, None, None]

@@ -58,7 +58,12 @@ def start_local(stores: Sequence[str], cpus: float, model_bytes: int) -> None:
             # Updates leave the object store when they are folded, not up to a second later: their memory is used
             # again while it is still mapped (a fresh 45 MB costs each store 20 ms of page faults). Small ones go
             # beside it, with the answer itself: half of the raylet's work a version, a sixth of the coordinator's.
-            _system_config={"free_objects_period_milliseconds": 10, "max_direct_call_object_size": INLINE},
+            _system_config={
+                "free_objects_period_milliseconds": 10,
+                "max_direct_call_object_size": INLINE,
+                "task_events_report_interval_ms": 0,  # these two are for Ray's dashboard, which does not run here
+                "enable_metrics_collection": False,
+            },
             _node_ip_address=LOOPBACK if sys.platform == "linux" else "127.0.0.1",
         )
     except Exception as error:  # noqa: BLE001  Ray raises many kinds, bare ones among them

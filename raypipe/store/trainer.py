@@ -270,7 +270,10 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     kept = torch.random.fork_rng(devices=[] if device.type == "cpu" else [device])
     with _GENERATOR:
         kept.__enter__()
-        torch.manual_seed(seed)
+        if device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # a millisecond less: the other looks for who called it
+        else:
+            torch.manual_seed(seed)
     try:
         yield
     finally:
