@@ -369,8 +369,20 @@ def test_what_a_process_here_reads_is_the_update_itself_or_nothing(case: Case) -
         "encoded: not as it lies"
     )
     assert case.site.place("t2", "r", update) is None
-    for wrong in ({"inode": where["inode"] + 1}, {"slot": 99}, {"size": where["size"] - 4}):
-        assert Near(case.site._home, "r").read({**where, **wrong}) is None
+    wrong: list[dict[str, Any]] = [{"inode": where["inode"] + 1}, {"slot": 99}, {"size": where["size"] - 4}]
+    wrong += [{"slot": "0"}, {"slot": -1}, {"slot": True}, {"size": 0}, {"device": None}]
+    for one in wrong:
+        assert Near(case.site._home, "r").read({**where, **one}) is None
+    assert Near(case.site._home, "r").read({}) is None
+    path = case.site._home / "state" / "r" / f"slot-{where['slot']}"
+    path.rename(path.with_name("away"))
+    path.symlink_to("away")
+    assert Near(case.site._home, "r").read(where) is None, "a link is not followed"
+    path.unlink()
+    os.mkfifo(path)
+    assert Near(case.site._home, "r").read(where) is None, "a pipe is not waited for"
+    path.unlink()
+    path.with_name("away").rename(path)
     assert Near(case.site._home, "../r").read(where) is None
     here = Near(case.site._home, "r")
     assert here.read(where) is here.read(where), "mapped once"

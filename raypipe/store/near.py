@@ -22,6 +22,7 @@ from raypipe.store.runs import run_folder
 from raypipe.store.slots import Slot, path_of
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+WHERE = ("slot", "device", "inode", "size")
 MAPPED = 2  # slots a store that stay mapped: one update folded, one on its way
 
 
@@ -29,7 +30,7 @@ def told(slot: Slot, update: Array) -> dict[str, int] | None:
     """Where an update lies, in numbers alone; None where it does not lie in the slot as it would travel."""
     if (update.ctypes.data, update.nbytes) != (slot.data.ctypes.data, slot.data.nbytes):
         return None
-    return {"slot": slot.number, "device": slot.file[0], "inode": slot.file[1], "size": slot.data.nbytes}
+    return dict(zip(WHERE, (slot.number, *slot.file, slot.data.nbytes), strict=True))
 
 
 class Near:
@@ -37,11 +38,13 @@ class Near:
 
     def __init__(self, home: Path, run: str) -> None:
         self._home, self._run = home, run
-        self._mapped: OrderedDict[tuple[int, ...], Array] = OrderedDict()
+        self._mapped: OrderedDict[tuple[Any, ...], Array] = OrderedDict()
 
-    def read(self, where: dict[str, int]) -> Array | None:
+    def read(self, where: dict[str, Any]) -> Array | None:
         """The update, float32, read-only, a view of the file; None where it is not to be had so."""
-        key = tuple(where[part] for part in ("slot", "device", "inode", "size"))
+        key: tuple[Any, ...] = tuple(where.get(part) for part in WHERE)
+        if not all(type(part) is int and part >= 0 for part in key) or key[-1] % 4:
+            return None
         if key not in self._mapped:
             try:
                 found = _mapped(path_of(run_folder(self._home, self._run), key[0]), *key[1:])
@@ -57,7 +60,7 @@ class Near:
 
 
 def _mapped(path: Path, device: int, inode: int, size: int) -> Array | None:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe is not waited for
     try:
         found = os.fstat(handle)
         if (found.st_dev, found.st_ino) != (device, inode) or found.st_size != size or not size:
