@@ -148,7 +148,7 @@ def fedavg_by_hand(cluster: Place, config: RunConfig, base: np.ndarray, version:
         progress = (version / 2, version / 2)
         ticket = Ticket(f"t{version}", store, 1, version, seed, progress, max_steps=train.local_steps)
         report = site.train(ticket, plan, base)
-        total.add_(torch.from_numpy(site.collect(ticket.id, [])), alpha=float(report.num_train))
+        total.add_(torch.from_numpy(site.collect(ticket.id, []).copy()), alpha=float(report.num_train))
         weight_sum += report.num_train
     new = torch.from_numpy(base.copy())
     new[layout.shared] += total.div_(weight_sum)[layout.shared]

@@ -200,9 +200,9 @@ def encode(message: Message, protocol: int = PROTOCOL) -> bytes:
     """A message as msgpack, as a peer of this protocol, PROTOCOL or the one before, understands it."""
     kind = type(message).__name__
     unknown = NEW.get(kind, set()) if protocol < PROTOCOL else set()
-    said = {name: value for name, value in asdict(message).items() if name not in unknown}
+    said = {f.name: getattr(message, f.name) for f in fields(message) if f.name not in unknown}
     body = {"protocol": protocol, "kind": kind, "body": said}
-    return cast(bytes, msgpack.packb(body, use_bin_type=True))
+    return cast(bytes, msgpack.packb(body, use_bin_type=True, default=asdict))  # what lies in a message: an Evaluation
 
 
 def decode(raw: bytes) -> Message:
