@@ -9,7 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # before anything imports Ray
+# Before anything imports Ray. Of a process that ended Ray prints a paragraph; the run's own line says it, and what
+# there is to do. What Ray says of memory that ran out stays.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed|There are infinite retries remaining")
 
 from rich.console import Console
 

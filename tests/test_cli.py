@@ -22,6 +22,23 @@ def raypipe(*arguments: str, home: Path, cwd: Path = ROOT, **environment: str) -
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
+ENDED = "A worker died or was killed while executing a task by an unexpected system error. To troubleshoot ..."
+RETRIED = "Task Coordinator.work failed. There are infinite retries remaining, so the task will be retried."
+MEMORY = "1 Workers (tasks / actors) killed due to memory pressure (OOM), 0 Workers crashed due to other reasons"
+
+
+def test_of_what_ray_says_by_itself_only_what_no_line_of_the_run_says_is_shown() -> None:
+    said = "; ".join(
+        f"worker.print_to_stdstream({{'lines': [{line!r}], 'pid': 'raylet', 'is_err': False}}, False)"
+        for line in (ENDED, RETRIED, MEMORY)
+    )
+    code = f"import raypipe.cli; from ray._private import worker; {said}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert [line.partition(" ")[2] for line in done.stdout.splitlines()] == [MEMORY]
+
+
 def test_check_says_what_would_run_where_and_what_it_would_move(tmp_path: Path) -> None:
     done = raypipe("check", "configs/quickstart.yaml", home=tmp_path)
     assert done.returncode == 0, done.stderr
