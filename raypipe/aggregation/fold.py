@@ -40,7 +40,7 @@ from raypipe.types import Layout
 
 BLOCK = 3 << 18  # floats for each thread, 3 MiB: they stay in the caches, and starting a block costs little beside it
 MAX_THREADS = 4  # more only wait for memory
-HELD = 3  # of one's own one: the sum then moves once for four updates
+HELD = 3  # updates that wait to be added, the fourth brings them in; in this process's own memory one
 MAX_NORM = 1e18  # of the sum; its square is still a float32
 MAX_WEIGHT = 1e30  # above it a weighted value leaves float32 at once
 

@@ -5,8 +5,8 @@ maps are a pixel large (ResNet-18 at 32 pixels: four convolutions with 8 of its 
 3 x 3 one tap meets the map, the others meet padding, and their gradient is zero. oneDNN turns all weights round all the
 same, there and back. Measured on one core, 32 images, such a layer's backward pass: 6 ms, as a product 2.5.
 
-Max pooling is vectorised for images with their channels last alone: to turn them so and back costs less than a
-seventh of what it saves (ResNet-18 at 32 pixels: 3.3 ms against 0.5).
+Max pooling is vectorised for images with their channels last alone. Turned so and back again they take a ResNet-18 at
+32 pixels 0.5 ms instead of 3.3 forwards, 1.9 instead of 3.5 both ways.
 
 Values are the same but for rounding; names, parameters and what other devices do stay.
 """
