@@ -6,6 +6,7 @@
 FIRST_S=1 MOST_S=10 # pause before it is started again: doubles from the first to the most
 STEADY_S=30         # who ran so long was well: the pause begins at the first again
 GRACE_S=10          # between SIGTERM and SIGKILL
+TICK_S=0.1          # it looks so often whether a child has ended or it is time to stop
 
 me=$(basename "$0")
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
@@ -66,16 +67,21 @@ need_alone() { # a file that one supervisor at a time holds; what it starts does
     flock -n "$lock" || refuse "another one is at work: it holds $1"
 }
 
-pause() { # seconds, or until a signal comes or a child ends
-    sleep "$1" &
-    local nap=$!
-    wait -n
-    kill "$nap" 2>/dev/null
-    wait "$nap" 2>/dev/null
+exec {nothing}<> <(:) # a pipe that nobody writes to
+
+tick() { # no child to wait for: a signal that comes when `wait` has just reaped one makes bash 5.2 wait for ever
+    read -rt "$TICK_S" <&"$nothing" || return 0
+}
+
+pause() { # SECONDS [CHILD]: or until it is time to stop, or the child has ended
+    local ticks=$(($1 * 10))
+    while ((ticks-- > 0)) && [[ -z $stopping ]] && runs "${2-$$}"; do
+        tick
+    done
 }
 
 start() { # a program in a session of its own, told to end when this process dies; its id in $started
-    setsid setpriv --pdeathsig TERM -- "$@" {lock}>&- &
+    setsid setpriv --pdeathsig TERM -- "$@" {lock}>&- {nothing}>&- &
     started=$!
     children+=("$started")
 }
@@ -85,13 +91,16 @@ runs() { # a child
 }
 
 finish() { # end a child and all that it started, nobody else's; its status in $ended
-    local child=$1 tenths=0 left=() other
+    local child=$1 ticks=0 left=() other
     kill -TERM "$child" 2>/dev/null
-    while runs "$child" && ((tenths++ < GRACE_S * 10)); do
-        pause 0.1
+    while runs "$child" && ((ticks++ < GRACE_S * 10)); do
+        tick
     done
     kill -KILL -- "-$child" 2>/dev/null
-    wait "$child"
+    while runs "$child"; do
+        tick
+    done
+    wait "$child" # has ended: only its status is asked for
     ended=$?
     for other in "${children[@]}"; do
         [[ $other == "$child" ]] || left+=("$other")
@@ -117,7 +126,7 @@ watch() { # a `ray start --block`, until it ends, its raylet has ended (it does 
             return
         fi
         [[ -z ${2-} ]] || "$2"
-        pause 1
+        pause 1 "$1"
     done
 }
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,28 @@ def test_sigterm_ends_all_that_was_started_and_nothing_else(place: Place, head: 
     assert stranger.poll() is None
     stranger.kill()
     stranger.wait()
+
+
+def test_a_signal_is_heard_at_whatever_moment_it_comes(place: Place) -> None:
+    """With short ticks, as a signal must meet the end of one: of 100 that waited by `wait -n`, two or more hung."""
+    loop = f"""source {place.folder}/cluster/supervise.sh; exec {{lock}}</dev/null
+               TICK_S=0.003; start sleep 60; trap 'stopping=1' TERM
+               echo; while [[ -z $stopping ]]; do pause 1 "$started"; done; finish "$started"; echo "$ended" """
+
+    def stopped(after_s: float) -> str:
+        with subprocess.Popen(["bash", "-uc", loop], stdout=subprocess.PIPE, text=True) as running:
+            assert running.stdout is not None
+            running.stdout.readline()
+            time.sleep(after_s)
+            running.terminate()
+            try:
+                return running.communicate(timeout=5)[0]
+            except subprocess.TimeoutExpired:
+                running.kill()
+                raise
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(stopped, [0.005 + 0.0001 * n for n in range(200)])) == {"143\n"}
 
 
 def test_a_supervisor_that_is_killed_takes_its_node_with_it_and_another_may_begin(place: Place, head: str) -> None:
