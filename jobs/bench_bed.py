@@ -18,7 +18,8 @@ import yaml
 from bench_floor import write_sleepy
 
 from raypipe.config.schema import RunConfig
-from raypipe.launch import begin, make_demo_stores, watch
+from raypipe.demo import make_demo_stores
+from raypipe.launch import begin, watch
 from raypipe.placement.actor import shut_down, start_local
 from raypipe.run import load_run, new_run_id
 from raypipe.tracking.journal import Journal

@@ -25,8 +25,8 @@ from rich.console import Console
 from raypipe.cli import exit_code
 from raypipe.config.load import to_dict
 from raypipe.config.schema import RunConfig
+from raypipe.demo import make_demo_stores
 from raypipe.errors import ConfigError, RaypipeError, RunError
-from raypipe.launch import make_demo_stores
 from raypipe.placement.homes import raypipe_home, stores_home
 from raypipe.run import load_run, new_run_id
 from raypipe.tasks.metrics import lower_is_better

@@ -66,7 +66,7 @@ def _loaded(options: argparse.Namespace) -> RunConfig:
 
 def _data(options: argparse.Namespace, console: Console) -> int:
     from raypipe.data.stores import describe_stores
-    from raypipe.launch import make_demo_stores
+    from raypipe.demo import make_demo_stores
 
     made = make_demo_stores(_loaded(options), options.out or stores_home(), options.source)
     console.print(describe_stores(made), highlight=False, markup=False, soft_wrap=True)

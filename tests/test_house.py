@@ -44,7 +44,7 @@ def test_mlflow_is_imported_in_one_file() -> None:
 
 
 def test_rooms_never_import_the_files_that_know_all_rooms() -> None:
-    names = ("run", "cli", "launch", "compose", "past", "plans", "replay", "pooled", "use")
+    names = ("run", "cli", "launch", "demo", "compose", "past", "plans", "replay", "pooled", "use")
     top = {f"raypipe.{name}" for name in names}
     assert [f for room in ROOMS for f in files(room) if imports(f) & top] == []
 
