@@ -73,6 +73,8 @@ def compose(
     if must_exist and not there:
         raise RunError(f"no run named {run!r} on the coordinator's machine, in {folder.parent}")
     model = initial_model(said)
+    if not there:
+        _begin_with(said, model, start)  # what is refused leaves no folder
     stages = Stages(first_stage(said, run, model.form))
     rehearse(stages.at(0), next_stage(said), classes_of(said)[1])
     every = (said.track.keep_every, said.track.log_model_every)
@@ -82,7 +84,7 @@ def compose(
     past = past_of(book, board) if there else Past()
     board.lines += [line for line in (book.damage, past.other_code(code), licence_of(said.model)) if line]
     again = bool(past.versions)  # else it died before its first version, or is new
-    if not again:
+    if there and not again:
         _begin_with(said, model, start)
     machine, first = _machine(said, past, diary, book, model, stages, board)
     publisher = Publisher(

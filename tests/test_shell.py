@@ -29,7 +29,7 @@ from raypipe.coordinator.tickets import AHEAD
 from raypipe.data.dataset import open_data
 from raypipe.data.sample import encode_png, load_sample
 from raypipe.data.stores import make_stores
-from raypipe.errors import StoreUnreachable
+from raypipe.errors import ConfigError, StoreUnreachable
 from raypipe.store import messages as msg
 from raypipe.store.safety import refusal
 from raypipe.store.site import Site
@@ -419,3 +419,9 @@ def test_the_coordinators_memory_does_not_grow_with_stores(tmp_path: Path) -> No
     # Weights, the sum's two vectors (no transform state), half for all else; and AHEAD updates and one that is folded.
     assert models[100] <= 3.5 + AHEAD + 1, models
     assert models[100] - models[10] <= AHEAD, models  # of ten the last ones may not have been ahead of their turn
+
+
+def test_a_run_that_is_refused_leaves_no_record_that_anything_would_take_for_a_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'/nope' is no \.safetensors file"):
+        compose(config(warm_start="/nope"), "run", home=str(tmp_path), put=lambda vector: vector)
+    assert not (tmp_path / "runs").exists()
