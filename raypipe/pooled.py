@@ -28,6 +28,7 @@ from raypipe.run import initial_of
 from raypipe.store.batches import batches_per_epoch
 from raypipe.store.code import code_hash
 from raypipe.store.control import Control
+from raypipe.store.evaluation import evaluate
 from raypipe.store.joined import Joined
 from raypipe.store.measure import measured_gram, measured_moments
 from raypipe.store.optimizers import optimizers
@@ -36,7 +37,7 @@ from raypipe.store.schedules import schedules
 from raypipe.store.seeds import ticket_seed
 from raypipe.store.shelf import Shelf
 from raypipe.store.site import CACHE_BYTES
-from raypipe.store.trainer import Outcome, Work, evaluate, smallest_batch, train
+from raypipe.store.trainer import Outcome, Work, smallest_batch, train
 from raypipe.tasks import tasks
 from raypipe.tasks.metrics import lower_is_better, metrics
 from raypipe.tracking.book import RunBook

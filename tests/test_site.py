@@ -354,7 +354,7 @@ def test_evaluation_sums_are_those_of_the_base_version(case: Case) -> None:
 
 def test_an_evaluation_adds_its_batches_up(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = case.site.evaluate(case.plan, case.weights, "validation")
-    monkeypatch.setattr("raypipe.store.trainer.EVALUATION_BATCH", 8)
+    monkeypatch.setattr("raypipe.store.evaluation.EVALUATION_BATCH", 8)
     parts = case.site.evaluate(case.plan, case.weights, "validation")
     assert parts.num_examples == 30
     assert parts.sums["accuracy"] == whole.sums["accuracy"]

@@ -30,6 +30,7 @@ from raypipe.errors import ConfigError, StoreClosed, StoreError, StoreRefused
 from raypipe.models import models
 from raypipe.store.attest import Attestor
 from raypipe.store.control import Clock, Control, Controls
+from raypipe.store.evaluation import evaluate
 from raypipe.store.kept import begin, keeps, key_of, left
 from raypipe.store.lesson import Admitted, learn, report_of
 from raypipe.store.measure import What, measured, own_statistics
@@ -42,7 +43,6 @@ from raypipe.store.runs import tidy
 from raypipe.store.safety import refusal, site_log
 from raypipe.store.shelf import Learner, Shelf
 from raypipe.store.terms import Terms
-from raypipe.store.trainer import evaluate
 from raypipe.tasks import tasks
 from raypipe.update.codec import encoded_bytes
 

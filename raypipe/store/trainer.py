@@ -1,4 +1,4 @@
-"""The training loop of a store, and its evaluation.
+"""The training loop of a store.
 
 A ticket ends at the first of its limits. Clock, flags and the seed come in, so that a ticket done again gives the
 same bits (on a CPU), and nothing in the loop waits for the device: losses stay tensors until they are asked for.
@@ -7,7 +7,7 @@ same bits (on a CPU), and nothing in the loop waits for the device: losses stay 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Lock
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from raypipe.errors import StoreError, StoreRefused
 from raypipe.models.flat import FlatModel
-from raypipe.store.batches import Examples, batches_per_epoch, in_order, shuffled
+from raypipe.store.batches import Examples, batches_per_epoch, shuffled
 from raypipe.store.control import Clock, Control
 from raypipe.store.policy import Limits
 from raypipe.store.ranks import Ranks
@@ -31,9 +31,6 @@ from raypipe.tasks.task import Inputs
 Stopped: TypeAlias = Literal["done", "budget", "control"]
 AUGMENTED = 1  # beside the seed: how images are changed does not hang on how they are shuffled
 CHECK_EVERY = 32  # steps between looks at whether the losses are finite: each look waits for a GPU
-EVALUATION_BATCH = 256  # images at most, and
-EVALUATION_ROWS = 8192  # the same of a table
-EVALUATION_PIXELS = 1 << 20  # at most so many, since activations of large images fill a memory
 _GENERATOR = Lock()
 
 
@@ -119,49 +116,6 @@ def _left(limits: Limits, elapsed: float) -> float | None:
     return None if limits.budget_s is None else limits.budget_s - elapsed
 
 
-def evaluate(
-    model: FlatModel, task: Task, images: Examples, control: Control, max_bad_share: float, clock: Clock
-) -> tuple[dict[str, float], int] | None:
-    """Sums by metric over the split and the number of images; None if told to stop.
-
-    A product that its store cannot label and that is found all the same is no mistake: nothing is judged of it.
-    """
-    sums: dict[str, Tensor | float] = {}
-    seen = 0
-    if task.boxes is not None:
-        task = task.among(images.labelled)
-    model.eval()
-    most = EVALUATION_BATCH if task.channels else EVALUATION_ROWS
-    batch_size = max(1, min(most, EVALUATION_PIXELS // task.image_size**2))
-    picks = in_order(images.num, batch_size)
-    with torch.inference_mode(), closing(images.batches(picks, model.device, max_bad_share)) as stream:
-        for inputs, targets in stream:
-            if control.stops(clock):
-                return None
-            if not (num := num_of(task, inputs, targets)):
-                continue
-            for name, value in _sums(model, task, inputs, targets).items():
-                sums[name] = sums[name] + value if name in sums else value
-            seen += num
-    return _named(sums), seen
-
-
-def _sums(model: FlatModel, task: Task, inputs: Inputs, targets: Tensor) -> Mapping[str, Tensor | float]:
-    if task.boxes is not None:
-        with _autocast(model.device):
-            return task.boxes.judge(model.module, _prepared(model, task, inputs)[0], targets)
-    with _autocast(model.device):
-        outputs = model.module(*_prepared(model, task, inputs))
-    return {name: value.double() for name, value in task.sums(outputs.float(), targets).items()}
-
-
-def _named(sums: dict[str, Tensor | float]) -> dict[str, float]:
-    """Sums by name; a vector's numbers by name and place, those that are not zero."""
-    plain = {name: float(value) for name, value in sums.items() if not isinstance(value, Tensor) or value.ndim == 0}
-    vectors = ((name, value.cpu().numpy()) for name, value in sums.items() if isinstance(value, Tensor) and value.ndim)
-    return plain | {f"{name}/{i}": float(value[i]) for name, value in vectors for i in np.flatnonzero(value)}
-
-
 class Losses:
     """Losses of a ticket, kept on the device and looked at now and then, and how far the device may lag behind."""
 
@@ -237,27 +191,28 @@ def _shared_step(
 def backward(model: FlatModel, task: Task, inputs: Inputs, targets: Tensor) -> Tensor:
     """The mean loss of a batch; gradients stay at the parameters."""
     model.clear()
-    loss = _loss(model, task, _prepared(model, task, inputs), targets)
+    loss = _loss(model, task, prepared(model, task, inputs), targets)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 
 def _loss(model: FlatModel, task: Task, inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
     if task.boxes is not None:
-        with _autocast(model.device):
+        with autocast(model.device):
             return task.boxes.step(model.module, inputs[0], targets)
-    with _autocast(model.device):
+    with autocast(model.device):
         outputs = model.module(*inputs)
     return task.loss(outputs.float(), targets)
 
 
-def _prepared(model: FlatModel, task: Task, pixels: Inputs) -> tuple[Tensor, ...]:
+def prepared(model: FlatModel, task: Task, pixels: Inputs) -> tuple[Tensor, ...]:
     """The module's arguments."""
     inputs = task.prepare(pixels)
     return tuple(model.laid_out(each) for each in (inputs if isinstance(inputs, tuple) else (inputs,)))
 
 
-def _autocast(device: torch.device) -> AbstractContextManager[object]:
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """bfloat16 where there is a GPU."""
     return nullcontext() if device.type == "cpu" else torch.autocast(device.type, torch.bfloat16)
 
 

@@ -12,9 +12,8 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -23,14 +22,12 @@ from raypipe.errors import ConfigError, RaypipeError, StoreError, StoreRefused
 from raypipe.ledger.keys import digest
 from raypipe.store import messages as msg
 from raypipe.store.budget import Budget
+from raypipe.vault.fields import Array, Body, number, raw_bytes, run_of, text, vector
 from raypipe.vault.frames import Channel, Cut
 from raypipe.vault.guard import Limits, check_codecs, check_plan, check_vector
 from raypipe.vault.jobs import Job, Jobs, Pool
 from raypipe.vault.memory import Inlet, Outlet
 from raypipe.vault.transfer import Incoming, Piece, pieces
-
-Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
-Body: TypeAlias = dict[str, Any]
 
 HELLO_S = 10.0
 LOOK_S = 0.5  # between two looks whether who waits is still there
@@ -136,7 +133,7 @@ class Conversation:
         except (Cut, TimeoutError):
             raise
         except Exception as error:  # noqa: BLE001  the shell: it must not carry private data out
-            refusal = self._site.refusal(error, verb, run=_run_of(body))
+            refusal = self._site.refusal(error, verb, run=run_of(body))
             self.channel.send({"refusal": msg.encode(refusal, self._protocol)})
             if not isinstance(error, RaypipeError):
                 raise StoreError(f"{type(error).__name__} in {verb}") from None
@@ -147,10 +144,10 @@ class Conversation:
     # -- verbs ----------------------------------------------------------------------------------------------
 
     def _describe(self, body: Body) -> bytes:
-        return msg.encode(self._site.describe(_text(body, "run"), _number(body, "epoch", 0)), self._protocol)
+        return msg.encode(self._site.describe(text(body, "run"), number(body, "epoch", 0)), self._protocol)
 
     def _train(self, body: Body) -> bytes:
-        key = (_bytes(body, "ticket"), _bytes(body, "plan"))
+        key = (raw_bytes(body, "ticket"), raw_bytes(body, "plan"))
         ticket, plan = msg.expect(msg.Ticket, key[0]), msg.expect(msg.Plan, key[1])
         if ticket.epoch < 1:
             raise StoreRefused("a ticket bears its coordinator's epoch, from 1 on")
@@ -161,7 +158,7 @@ class Conversation:
             return msg.encode(again, self._protocol)
         self._site.policy.admit(ticket, plan)
         check_plan(plan, self._vault.limits)
-        behind = _number(body, "corrected", 0) if "corrected" in body else 0  # floats behind the weights
+        behind = number(body, "corrected", 0) if "corrected" in body else 0  # floats behind the weights
 
         def run(whole: Array) -> msg.Report:
             weights, correction = whole[: max(0, whole.size - behind)], whole[max(0, whole.size - behind) :]
@@ -172,7 +169,11 @@ class Conversation:
         return msg.encode(self._waited(self._job(body, key, ticket.id, run)), self._protocol)
 
     def _evaluate(self, body: Body) -> bytes:
-        plan, split, epoch = msg.expect(msg.Plan, _bytes(body, "plan")), _text(body, "split"), _number(body, "epoch", 1)
+        plan, split, epoch = (
+            msg.expect(msg.Plan, raw_bytes(body, "plan")),
+            text(body, "split"),
+            number(body, "epoch", 1),
+        )
         self._site.policy.check(plan)
         check_plan(plan, self._vault.limits)
 
@@ -183,11 +184,12 @@ class Conversation:
         return msg.encode(self._waited(self._job(body, None, "", run)), self._protocol)
 
     def _measure(self, body: Body) -> Body | None:
-        plan, what, epoch = msg.expect(msg.Plan, _bytes(body, "plan")), _text(body, "what"), _number(body, "epoch", 1)
+        plan, what = msg.expect(msg.Plan, raw_bytes(body, "plan")), text(body, "what")
+        epoch = number(body, "epoch", 1)
         self._site.policy.check(plan)
         check_plan(plan, self._vault.limits)
         weighed = "num_bytes" in body or "digest" in body
-        known = _vector(body, "known") if "known" in body else None
+        known = vector(body, "known") if "known" in body else None
 
         def run(weights: Array | None) -> Array:
             sums: Array = self._paid(lambda: self._site.measure(plan, weights, what, epoch, known))
@@ -200,7 +202,7 @@ class Conversation:
         return self._handed_out(np.ascontiguousarray(self._waited(job), "<f8"), plan.run)
 
     def _collect(self, body: Body) -> Body | None:
-        ticket, run, epoch = _text(body, "ticket"), _text(body, "run"), _number(body, "epoch", 1)
+        ticket, run, epoch = text(body, "ticket"), text(body, "run"), number(body, "epoch", 1)
         if not run:
             raise StoreRefused("an update is collected by its run")
         array = self._site.collect(ticket, check_codecs(body.get("how")), run, epoch)
@@ -225,17 +227,17 @@ class Conversation:
         return None
 
     def _settle(self, body: Body) -> bool:
-        verdict = msg.expect(msg.Verdict, _bytes(body, "verdict"))
+        verdict = msg.expect(msg.Verdict, raw_bytes(body, "verdict"))
         if not verdict.run or verdict.epoch < 1:
             raise StoreRefused("a verdict bears its run and its coordinator's epoch")
         self._site.settle(verdict)
         return True
 
     def _control(self, body: Body) -> bool:
-        ticket, command, run = _text(body, "ticket"), _text(body, "command"), _text(body, "run")
+        ticket, command, run = text(body, "ticket"), text(body, "command"), text(body, "run")
         if command not in ("stop", "pause", "resume"):
             raise StoreRefused("a command is stop, pause or resume")
-        self._site.control(ticket, command, run, _number(body, "epoch", 1))
+        self._site.control(ticket, command, run, number(body, "epoch", 1))
         return True
 
     # -- work and its weights -------------------------------------------------------------------------------
@@ -259,7 +261,7 @@ class Conversation:
     def _weights(self, body: Body) -> tuple[Array, Callable[[], None]]:
         """float32 in the vault's own memory, and what to call when they are no longer needed."""
         if "digest" in body:
-            coming = self._vault.coming.pop(_text(body, "digest"), None)
+            coming = self._vault.coming.pop(text(body, "digest"), None)
             if coming is None or not coming.whole():
                 raise StoreRefused("these weights did not come whole; announce them again")
             return coming.data.view(np.float32), lambda: None
@@ -284,7 +286,7 @@ class Conversation:
 
     def _announce(self, body: Body) -> int:
         """A vector is to come in pieces; how much of it is here already, in bytes."""
-        name, size = _text(body, "digest"), check_vector(body.get("num_bytes"), self._vault.limits)
+        name, size = text(body, "digest"), check_vector(body.get("num_bytes"), self._vault.limits)
         coming = self._vault.coming.get(name)
         if coming is None or coming.data.size != size:
             _keep(self._vault.coming, name, Incoming(name, size))
@@ -292,18 +294,18 @@ class Conversation:
 
     def _piece(self, body: Body) -> bool | None:
         """Not answered but for the last one."""
-        coming = self._vault.coming.get(_text(body, "digest"))
+        coming = self._vault.coming.get(text(body, "digest"))
         if coming is None:
             raise Cut("another vector came between")
         try:
-            coming.take(Piece(_number(body, "at", 0), _bytes(body, "data"), _bytes(body, "check")))
+            coming.take(Piece(number(body, "at", 0), raw_bytes(body, "data"), raw_bytes(body, "check")))
         except StoreError as error:
             raise Cut(error.message) from None  # what else is on its way is of no use
         return coming.whole() or None
 
     def _pull(self, body: Body) -> None:
         """The pieces of what was collected, from an offset on."""
-        going, at = self._vault.going.get(_text(body, "digest")), _number(body, "at", 0)
+        going, at = self._vault.going.get(text(body, "digest")), number(body, "at", 0)
         if going is None:
             raise StoreRefused("it is kept no longer; collect it again")
         if at < going.sent:
@@ -318,43 +320,3 @@ def _keep(table: OrderedDict[str, Any], name: str, value: Any) -> None:
     table.move_to_end(name)
     while len(table) > MAX_TRANSFERS:
         table.popitem(last=False)
-
-
-def _run_of(body: Body) -> str:
-    """That it is about, as far as can be told."""
-    if isinstance(run := body.get("run"), str):
-        return run
-    with suppress(StoreError):
-        if isinstance(raw := body.get("plan"), bytes):
-            return msg.expect(msg.Plan, raw).run
-        if isinstance(raw := body.get("verdict"), bytes):
-            return msg.expect(msg.Verdict, raw).run
-    return ""
-
-
-def _text(body: Body, name: str) -> str:
-    value = body.get(name)
-    if not isinstance(value, str) or len(value) > 256:
-        raise StoreRefused(f"{name} is a text of at most 256 characters")
-    return value
-
-
-def _bytes(body: Body, name: str) -> bytes:
-    value = body.get(name)
-    if not isinstance(value, bytes):
-        raise StoreRefused(f"{name} is not a message")
-    return value
-
-
-def _vector(body: Body, name: str) -> Array:
-    raw = _bytes(body, name)
-    if len(raw) % 4:
-        raise StoreRefused(f"{name} is not a vector of float32")
-    return np.frombuffer(raw, "<f4")
-
-
-def _number(body: Body, name: str, least: int) -> int:
-    value = body.get(name)
-    if type(value) is not int or value < least:
-        raise StoreRefused(f"{name} is a whole number from {least} on")
-    return value
