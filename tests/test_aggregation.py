@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raypipe.aggregation.fold import HELD, Accumulator, Weighted
+from raypipe.aggregation.global_model import GlobalModel
 from raypipe.aggregation.transforms import apply, server_memory, transforms
 from raypipe.coordinator.staleness import staleness
 from raypipe.errors import ConfigError, RunError, UpdateRejected
@@ -120,6 +121,22 @@ def test_updates_that_come_alone_are_held_so_many_at_a_time(borrowed: bool, most
     expected = fedavg(torch.zeros(table.size), updates, table)[: table.update_size]
     assert same(torch.cat([mean.shared, mean.statistic]), expected)
     assert mean.norm == pytest.approx(float(mean.shared.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("writable", "most"), [(False, HELD), (True, 1)])
+def test_of_updates_that_came_in_pieces_into_this_process_one_is_held(writable: bool, most: int) -> None:
+    table = layout()
+    start = np.zeros(table.size, np.float32)
+    model = GlobalModel(table, start, transforms.build({"name": "sgd"}), how=[], normalise="sum", threads=1)
+    alive, held = [], []
+    for number in range(5):
+        (made,) = vectors(table, 1, seed=number)
+        made.flags.writeable = writable  # the object store's and a mapped file's are not
+        assert model.fold([(made, 1.0, None)]) == {}
+        alive.append(weakref.ref(made))
+        del made
+        held.append(sum(vector() is not None for vector in alive))
+    assert max(held) == most
 
 
 def test_the_second_version_knows_nothing_of_the_first() -> None:

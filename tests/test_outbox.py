@@ -27,6 +27,7 @@ from test_site import Case
 from raypipe.config.schema import RunConfig, Store
 from raypipe.errors import StoreClosed, StoreError, StoreRefused, StoreSuperseded
 from raypipe.ledger.keys import digest
+from raypipe.ledger.receipts import read_receipts
 from raypipe.models.flat import initial
 from raypipe.store import outbox as boxes
 from raypipe.store.messages import Card, Plan, Refusal, Ticket, Verdict, encode, expect, refusal_error
@@ -370,7 +371,7 @@ def test_what_a_process_here_reads_is_the_update_itself_or_nothing(case: Case) -
     )
     assert case.site.place("t2", "r", update) is None
     wrong: list[dict[str, Any]] = [{"inode": where["inode"] + 1}, {"slot": 99}, {"size": where["size"] - 4}]
-    wrong += [{"slot": "0"}, {"slot": -1}, {"slot": True}, {"size": 0}, {"device": None}]
+    wrong += [{"slot": "0"}, {"slot": -1}, {"slot": True}, {"size": 0}, {"device": None}, {"slot": 10**5000}]
     for one in wrong:
         assert Near(case.site._home, "r").read({**where, **one}) is None
     assert Near(case.site._home, "r").read({}) is None
@@ -566,18 +567,30 @@ def test_on_one_node_an_update_is_read_where_it_lies(cluster: Place, monkeypatch
         Plan(run="near", task=said.task, model=said.model, data=said.data, layout=layout.fingerprint, **parts)
     )
 
-    async def trained(ticket: str, here: str) -> tuple[str, np.ndarray[Any, Any]]:
+    async def joined(here: str) -> tuple[str, Any]:
         monkeypatch.setattr(module, "node_here", lambda: here)  # the cluster's nodes are all on this machine
         store = module.StoreClient(Store(id="shop-1", cpus=0.2), "near", 1, "c0dec0dec0de", "actor")
-        card = await store.join()
+        return (await store.join()).node, store
+
+    async def trained(store: Any, ticket: str) -> np.ndarray[Any, Any]:
         await store.train(Ticket(ticket, "shop-1", 1, 0, 5, (0.0, 0.1), max_steps=2), plan, weights, [])
-        return card.node, await store.collect(ticket, [])
+        update: np.ndarray[Any, Any] = await store.collect(ticket, [])
+        return update
 
     async def work() -> None:
-        node, far = await trained("t1", "another node")
-        _, near = await trained("t2", node)
+        node, other = await joined("another node")
+        far = await trained(other, "t1")
+        _, here = await joined(node)
+        near = await trained(here, "t2")
         assert np.array_equal(far, near)
         assert [in_a_slot(update) for update in (far, near)] == [False, True]
+        monkeypatch.setattr(module, "stores_home", lambda: Path("/of a container"))
+        _, behind = await joined(node)
+        sent = []
+        for ticket in ("t3", "t4"):
+            assert np.array_equal(far, await trained(behind, ticket))
+            sent.append(read_receipts(cluster.stores / "shop-1" / "egress" / "near").kinds["update"].messages)
+        assert sent == [4, 5], "t3 was sent twice: only then was it known that it cannot be mapped"
 
     connect(cluster.address)
     try:

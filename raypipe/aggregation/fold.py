@@ -85,7 +85,7 @@ class Accumulator:
         self._shared = layout.shared.stop
         self._front, self._back = _vector(self._size), _vector(self._size)
         self._zero = torch.zeros(1)
-        self._threads = threads if threads is not None else min(MAX_THREADS, os.cpu_count() or 1)
+        self._threads = threads if threads is not None else min(MAX_THREADS, len(os.sched_getaffinity(0)))
         block = block or BLOCK * self._threads
         spans = ((0, self._shared, True), (self._shared, self._size, False))
         self._blocks = [

@@ -133,7 +133,8 @@ class GlobalModel:
             try:
                 form = self.form if forms is None else forms[index]
                 vector = padded(decode_chain(self._how, array, form.layout.update_size), form, self.form)
-                ready[index] = Weighted(vector, weight, 1.0 / steps if steps else 1.0, borrowed=vector is array)
+                borrowed = vector is array and not array.flags.writeable  # else it came in pieces, into this process
+                ready[index] = Weighted(vector, weight, 1.0 / steps if steps else 1.0, borrowed=borrowed)
             except UpdateRejected as error:
                 refused[index] = error.message
         places = list(ready)

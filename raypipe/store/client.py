@@ -153,6 +153,8 @@ class StoreClient:
                 answer = await update
                 if isinstance(answer, dict):
                     answer = None if self._near is None else self._near.read(answer)
+                    if answer is None:  # it will not be had the next time either, and the store counts each sending
+                        self._near = None
         if answer is None:  # also of a store whose uploads have a rate
             async with self._fetching:  # together each would take as long as all of them
                 answer = await self._ask("collect", ticket, how, self._run, self._epoch)
@@ -255,6 +257,7 @@ class StoreClient:
             return
         self.tell()
         self._updates.clear()
+        self._near = None  # its files are closed
         actor, self._actor = self._actor, None
         if self._process is not None:
             _end_process.options(resources=self._pin()).remote(self._process)

@@ -4,6 +4,9 @@ A store on the coordinator's own node tells in which slot (slots.py) the update 
 is whole until its ticket is settled, as what `collect` gives is. Through the object store a ResNet-18's 45 MB are
 written once more, into memory that both sides first have to map: together a tenth of a step's time.
 
+The file stays the store's: what was checked is what is folded as long as its process, which runs under this user, on
+this machine and raypipe's code, does not write to it. A store that is not trusted so far has a vault, or another node.
+
 Where the file cannot be opened, or is another one (a container's, a mount's), the update comes as from anywhere else.
 """
 
@@ -48,7 +51,7 @@ class Near:
         if key not in self._mapped:
             try:
                 found = _mapped(path_of(run_folder(self._home, self._run), key[0]), *key[1:])
-            except (OSError, StoreRefused):
+            except (OSError, ValueError, StoreRefused):  # no such file; too long a number; no run's name
                 found = None
             if found is None:
                 return None
