@@ -344,7 +344,7 @@ def test_every_version_is_one_step_and_few_become_models(run: Run, home: Path) -
         "test/accuracy": 0.5,
     }.items():
         assert found.data.metrics[name] == value, name
-    assert _models(sink) == ["shelf-1-v00005", "shelf-1-v00007"]
+    assert _models(sink) == ["v00005-shelf-1", "v00007-shelf-1"]
     assert json.loads(found.data.tags["mlflow.loggedArtifacts"]) == [
         {"path": "stores.json", "type": "table"},
         {"path": "lineage/v00000.json", "type": "table"},
@@ -400,7 +400,7 @@ def test_told_twice_is_told_once(run: Run, home: Path) -> None:
     found = _the_run(sink)
     assert _steps(sink, "eval/accuracy") == list(range(6))
     assert _steps(sink, "store/north/share") == list(range(1, 6))
-    assert _models(sink) == ["shelf-1-v00003", "shelf-1-v00005"]
+    assert _models(sink) == ["v00003-shelf-1", "v00005-shelf-1"]
     assert sorted(output.step for output in found.outputs.model_outputs) == [3, 5]
     table = Path(found.info.artifact_uri.removeprefix("file://")) / "lineage" / "v00000.json"
     assert len(json.loads(table.read_text())["data"]) == 1 + 5 * 2
@@ -420,7 +420,7 @@ def test_a_follower_that_dies_anywhere_goes_on_without_loss(
     follow(run.folder, home=home, patience_s=20)
     sink = Sink(home=home)
     assert _steps(sink, "fed/steps") == list(range(6))
-    assert _models(sink) == ["shelf-1-v00005"]
+    assert _models(sink) == ["v00005-shelf-1"]
     assert len(_the_run(sink).outputs.model_outputs) == 1
 
 
@@ -617,7 +617,7 @@ def test_a_server_killed_and_started_again_has_everything_once(
     assert follower.where().startswith(f"{second.address}/#/experiments/")
     assert _the_run(sink).info.status == "FINISHED"
     assert _steps(sink, "fed/steps") == _steps(sink, "eval/loss") == list(range(1, 21))
-    assert _models(sink) == [f"shelf-1-v{v:05d}" for v in (5, 10, 13, 15, 20)]
+    assert _models(sink) == [f"v{v:05d}-shelf-1" for v in (5, 10, 13, 15, 20)]
     assert len(_the_run(sink).outputs.model_outputs) == 5
 
 

@@ -231,8 +231,8 @@ class Follower:
 
 
 def version_name(history: History, version: int) -> str:
-    """`<run>-v00042`."""
-    return f"{history.run()['run']}-v{version:05d}"
+    """`v00042-<run>`: MLflow's lists cut a name's end off."""
+    return f"v{version:05d}-{history.run()['run']}"
 
 
 def follow(
