@@ -164,8 +164,9 @@ class Place:
 
     # -- the supervisor -------------------------------------------------------------------------------------------
 
-    def mend(self, config: Path) -> None:
-        """Start again what has been dead for a while: raylets, the MLflow server, the command."""
+    def mend(self, config: Path | None) -> bool:
+        """Start again what has been dead for a while: raylets, the MLflow server, and where its configuration is given
+        the command. Whether all of it lives."""
         for store in self.names:
             if self._dead(f"raylet {store}", self.raylet(store) is None):
                 if (dead := self.nodes.pop(store, None)) is not None:
@@ -177,8 +178,9 @@ class Place:
                     print(f"  {store}'s node did not start: {str(error).splitlines()[0]}")
         if self._dead("mlflow", self.server is None or self.server.poll() is not None):
             self.start_server()
-        if self._dead("command", self.command is None or self.command.poll() is not None):
+        if config is not None and self._dead("command", self.command is None or self.command.poll() is not None):
             self.start_command(config)
+        return not self.dead_since
 
     def _dead(self, what: str, dead: bool) -> bool:
         if not dead:

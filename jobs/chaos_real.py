@@ -303,6 +303,9 @@ def _play(seed: int, plan: list[str], place: Place, *, kills: int, quick: bool) 
     _say(chaos, place)
     folder = place.home / "runs" / place.run
     if not trouble:
+        place.dead_since.pop("command", None)  # it has ended as it should
+        while not place.mend(None):  # what the last blow struck
+            time.sleep(0.1)
         calm = place.write_config("calm", pace=pace, versions=min(CALM, max(4, chaos.newest() // 2)))
         code, said = place.raypipe("train", str(calm), "--insecure", "--address", place.cluster.address)
         calms = sorted((place.home / "runs").glob("calm-*"))
