@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 # Before anything imports Ray. Of a process that ended Ray prints a paragraph; the run's own line says it, and what
 # there is to do. What Ray says of memory that ran out stays.
@@ -17,7 +19,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed
 from rich.console import Console
 
 from raypipe import class_verbs, data_verbs, record_verbs, run_verbs, version_verbs
-from raypipe.errors import RaypipeError
+from raypipe.errors import RaypipeError, did_you_mean
 from raypipe.ledger import commands as ledger
 
 
@@ -50,13 +52,37 @@ def _warn_in_one_line() -> None:
     log.handlers, log.propagate = [handler], False
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, with what would be right; its verbs' parsers too."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """What a verb does not know is told here, where it is known what it could be."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            given = unknown[0].partition("=")[0]
+            options = [name for name in self._option_string_actions if name.startswith("--")]
+            hint = f".{did_you_mean(given, options)}" if given.startswith("-") else ""
+            self.error(f"{self.prog.removeprefix('raypipe ')} knows no {given!r}{hint}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        if wrong := re.fullmatch(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            what, given, listed = wrong.groups()
+            hint = did_you_mean(given, re.findall("[^', ]+", listed))
+            message = f"{what.lower()} {given!r}: there is none such.{hint}"
+        if not message.endswith((".", "?")):
+            message += "; " + " ".join(self.format_usage().replace("[-h] ", "").split())
+        self.exit(2, f"raypipe: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     from raypipe.doctor import commands as doctored
     from raypipe.placement import commands as placed
     from raypipe.security import commands as secured
     from raypipe.vault import commands as vaulted
 
-    parser = argparse.ArgumentParser(prog="raypipe", description=__doc__, allow_abbrev=False)
+    what = "Federated training of vision models on your own Ray cluster. Begin with: raypipe train"
+    parser: argparse.ArgumentParser = _Parser(prog="raypipe", description=what, allow_abbrev=False)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, run: Callable[[argparse.Namespace, Console], int], help: str) -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ def add(verb: Verb) -> None:
     versions.add_argument("--quick", action="store_true", help="do not check that kept weights are whole")
     promote = verb("promote", _promote, "register a version and give it an alias")
     promote.add_argument("which", metavar="RUN")
-    promote.add_argument("version", type=_version, help="a number, or best")
+    promote.add_argument("version", metavar="VERSION", type=_version, help="a number, or best")
     promote.add_argument("--as", dest="alias", default="champion")
     rollback = verb("rollback", _rollback, "give an alias back to the version that had it before")
     rollback.add_argument("model", metavar="MODEL", help="a registered model's name")
@@ -117,8 +117,10 @@ def _model(said: str) -> tuple[str, int | None]:
     """MODEL as a source of weights, and the version where a run is named with one."""
     from raypipe.tracking.book import run_folder
 
-    if said.startswith("models:/") or Path(said).is_file():
+    if said.startswith("models:/") or Path(said).is_file() or ("/" in said and Path(said).is_dir()):
         return said, None
+    if "/" in said or said.endswith(".safetensors"):
+        raise ConfigError(f"{said}: no such file")
     run, _, number = said.partition(":")
     if number and not number.isdigit():
         raise ConfigError(f"{said}: write RUN, RUN:VERSION with a number, models:/NAME@alias, or a file")

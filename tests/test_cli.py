@@ -130,6 +130,35 @@ def test_configurations_lie_beside_the_package_or_in_a_wheel_inside_it(
     assert shipped("sync.yaml") == package / "configs" / "sync.yaml"
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("trian", "verb 'trian': there is none such. Did you mean 'train'?"),
+        ("ledger verfy", "verb 'verfy': there is none such. Did you mean 'verify'?"),
+        ("promote last 3 --az=champion", "promote knows no '--az'. Did you mean '--as'?"),
+        ("train a b", "train knows no 'b'; usage: raypipe train "),
+        ("promote last", "the following arguments are required: VERSION; usage: raypipe promote "),
+        ("promote last x", "argument VERSION: 'x' is neither a version's number nor best; usage: raypipe promote "),
+        ("", "the following arguments are required: VERB; usage: raypipe VERB ..."),
+    ],
+)
+def test_a_mistyped_command_is_told_in_one_line_with_what_would_be_right(
+    typed: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(typed.split())
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert err.startswith(f"raypipe: {said}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("model", ["/nope.safetensors", "runs/nope", "nope.safetensors"])
+def test_a_file_that_is_not_there_is_not_taken_for_a_run(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", model, "image.png"]) == 2
+    assert capsys.readouterr().err == f"raypipe: {model}: no such file\n"
+
+
 def test_the_help_of_source_says_what_comes_without_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["data", "--help"])

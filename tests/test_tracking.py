@@ -731,8 +731,9 @@ def test_a_warm_start_takes_weights_from_a_file_or_the_registry(tracked: Run, ho
         load_weights("weights.pt", LAYOUT, home=home)
     with pytest.raises(ConfigError, match="no registered model"):
         load_weights("models:/shelf-model", LAYOUT, home=home)
-    with pytest.raises(RunError, match="MLflow did not do it"):
-        load_weights("models:/nobody@champion", LAYOUT, home=home)
+    for nobody in ("models:/nobody@champion", "models:/shelf-model@nobody", "models:/shelf-model/99"):
+        with pytest.raises(ConfigError, match=r"^weights from .*: MLflow does not have it: .* not found"):
+            load_weights(nobody, LAYOUT, home=home)
     tracked.versions.write(9, np.full(LAYOUT.size, np.nan, np.float32), LAYOUT, {})
     tracked.versions.keep(9)
     with pytest.raises(ConfigError, match="not finite"):

@@ -27,7 +27,7 @@ def add_parsers(subparsers: Parsers) -> None:
     """The verbs `ledger` and `evidence`. Each sets `run`, called with the options and whatever else, for an exit code:
     0, or 1 where a ledger does not hold. Handlers raise ConfigError and RunError."""
     ledger = _parser(subparsers, "ledger", "check a run's ledger, prove a contribution, say whose key is right")
-    verbs = ledger.add_subparsers(required=True, metavar="WHAT")
+    verbs = ledger.add_subparsers(required=True, metavar="VERB")
     checked = _verb(verbs, "verify", ledger_verify, "check all that a run's ledger says", run=True)
     proof = _verb(verbs, "prove", ledger_prove, "write a proof that a store's update is in a version", run=True)
     proof.add_argument("version", metavar="VERSION", type=int)

@@ -26,7 +26,7 @@ def add_parsers(subparsers: Parsers) -> None:
     """The verb `cluster`."""
     help = "write what `ray up` and Kubernetes need from a list of stores"
     cluster = subparsers.add_parser("cluster", help=help, description=help, allow_abbrev=False)
-    verbs = cluster.add_subparsers(required=True, metavar="WHAT")
+    verbs = cluster.add_subparsers(required=True, metavar="VERB")
     sub = verbs.add_parser("render", help=help, description=help, allow_abbrev=False)
     sub.set_defaults(run=lambda options, *_: cluster_render(options))
     sub.add_argument("stores", type=Path, metavar="STORES.csv", help="id,host,gpus,region,hours")

@@ -28,7 +28,7 @@ def add_parsers(subparsers: Parsers) -> None:
     """The verb `certs`; handlers raise RaypipeError and return an exit code."""
     help = "make and renew the cluster's certificates and token, and send each node its own"
     certs = subparsers.add_parser("certs", help=help, description=help, allow_abbrev=False)
-    verbs = certs.add_subparsers(required=True, metavar="WHAT")
+    verbs = certs.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, handler: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 CHAMPION, PREVIOUS = "champion", "previous"
 WEIGHTS, CARD = "state.safetensors", "raypipe.json"
 log = logging.getLogger(__name__)
+NOT_THERE = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # a model, a version; an alias
 REGISTERED = re.compile(r"^models:/[^/:@]+(@[^/:@]+|/[0-9]+)$")
 
 
@@ -229,4 +230,6 @@ def _in_one_line() -> Iterator[None]:
     try:
         yield
     except TROUBLE as error:
+        if "not found" in str(error) and getattr(error, "error_code", "") in NOT_THERE:
+            raise ConfigError(f"MLflow does not have it: {one_line(error).partition(': ')[2]}") from None
         raise RunError(f"MLflow did not do it: {one_line(error)}") from None

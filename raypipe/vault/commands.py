@@ -22,7 +22,7 @@ def add_parsers(subparsers: Parsers) -> None:
     """The verb `vault`. Handlers raise ConfigError."""
     help = "keep a store's data behind another user's process"
     verbs = subparsers.add_parser("vault", help=help, description=help, allow_abbrev=False)
-    verbs = verbs.add_subparsers(required=True, metavar="WHAT")  # type: ignore[assignment]
+    verbs = verbs.add_subparsers(required=True, metavar="VERB")  # type: ignore[assignment]
     made = _verb(verbs, "install", vault_install, "make a store's vault, or renew its code; as root")
     made.add_argument("--user", help="whose the vault is: a name or a number")
     made.add_argument("--actor-user", help="whom Ray runs as on this node: a name or a number")
