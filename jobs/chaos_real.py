@@ -304,7 +304,8 @@ def _play(seed: int, plan: list[str], place: Place, *, kills: int, quick: bool) 
     folder = place.home / "runs" / place.run
     if not trouble:
         place.dead_since.pop("command", None)  # it has ended as it should
-        while not place.mend(None):  # what the last blow struck
+        until = time.monotonic() + STUCK_S
+        while not place.mend(None) and time.monotonic() < until:  # what the last blow struck
             time.sleep(0.1)
         calm = place.write_config("calm", pace=pace, versions=min(CALM, max(4, chaos.newest() // 2)))
         code, said = place.raypipe("train", str(calm), "--insecure", "--address", place.cluster.address)
